@@ -1,0 +1,1 @@
+"""What producers import: wire models, client, datasets. Needs no torch."""

@@ -1,0 +1,227 @@
+"""What travels through Redis: requests, results and their parts, as pydantic models.
+
+This module is the one description of the wire. It imports neither redis nor torch, so the
+engine may use it as well as the client.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from queue_api.errors import InvalidRequestError, RequestError
+
+__all__ = [
+    "ChatMessage",
+    "ErrorDetail",
+    "FinishReason",
+    "GenerationRequest",
+    "GenerationResult",
+    "JobTimings",
+    "SamplingParams",
+    "describe",
+]
+
+MAX_ID_CHARS = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 512
+DEFAULT_MAX_TOKENS = 128
+
+
+def _as_list(value: object) -> object:
+    """Let one stop string stand for a list of one, as OpenAI and vLLM do."""
+    return [value] if isinstance(value, str) else value
+
+
+_Wire = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; exactly one per request."""
+
+    STOP = "stop"
+    """End-of-text token, a stop string or a stop token id."""
+    LENGTH = "length"
+    """max_tokens reached."""
+    ERROR = "error"
+    """See the result's `error`."""
+    CANCELLED = "cancelled"
+    """Cancelled by a client."""
+
+
+class SamplingParams(BaseModel):
+    """How the next token is chosen and when to stop. Names are vLLM's."""
+
+    model_config = _Wire
+
+    max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, strict=True)
+    """At most so many new tokens."""
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    """0 is greedy."""
+    top_k: int = Field(default=0, ge=-1, strict=True)
+    """Sample among the k likeliest tokens; 0 and -1 mean all."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample among the likeliest tokens that together reach this probability."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63, strict=True)
+    """Fixes the draw. Unset, it follows from the request's run and id, so a retry repeats it."""
+    stop: Annotated[
+        list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOP_STRINGS)
+    ] = []
+    """Text that ends generation; it isn't part of the result's text."""
+    stop_token_ids: list[Annotated[int, Field(ge=0, strict=True)]] = Field(
+        default=[], max_length=256
+    )
+    """Token ids that end generation, besides the model's end-of-text ids."""
+    ignore_eos: bool = False
+    """Go on past the model's end-of-text token (stop_token_ids still end generation)."""
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation, to be rendered by the model's chat template."""
+
+    model_config = _Wire
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str
+
+
+class GenerationRequest(BaseModel):
+    """One prompt, as text, token ids or chat messages, and how to continue it."""
+
+    model_config = _Wire
+
+    id: str = Field(min_length=1, max_length=MAX_ID_CHARS)
+    prompt: Annotated[str, Field(min_length=1)] | list[int] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    sampling: SamplingParams = SamplingParams()
+    return_token_ids: bool = False
+    """Put the generated token ids into the result."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Comes back untouched in the result."""
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerationRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages', not both and not neither")
+        if self.prompt == []:
+            raise ValueError("'prompt' has no tokens; give at least one")
+        return self
+
+    @classmethod
+    def parse(cls, data: object) -> GenerationRequest:
+        """Validate untrusted data.
+
+        :raises InvalidRequestError: saying which field is wrong, its value, and the limit
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InvalidRequestError(describe(error)) from None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong with one request."""
+
+    model_config = _Wire
+
+    code: str
+    """Stable and short, such as `prompt_too_long`."""
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorDetail:
+        """The wire form of an exception; errors that aren't ours keep their type's name."""
+        if isinstance(error, RequestError):
+            return cls(code=error.code, message=str(error))
+        return cls(code="internal_error", message=f"{type(error).__name__}: {error}")
+
+
+class JobTimings(BaseModel):
+    """Where a request's time went, in seconds. The first four add up to `total_s`."""
+
+    model_config = _Wire
+
+    queue_s: float = 0.0
+    """Enqueued until the engine admits it to a batch."""
+    prefill_s: float = 0.0
+    """Admitted until its first new token."""
+    decode_s: float = 0.0
+    """First new token until its last."""
+    publish_s: float = 0.0
+    """Last token until its result is written out."""
+    total_s: float = 0.0
+    time_to_first_token_s: float | None = None
+    """Enqueued until the first new token; None if there was none."""
+    inter_token_s: float | None = None
+    """Mean time between new tokens; None below two tokens."""
+    stage_s: list[float] = []
+    """This request's share of the time in each stage: a step's time over the sequences in it."""
+
+
+class GenerationResult(BaseModel):
+    """The one terminal result of a request."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    run: str | None = None
+    index: int = 0
+    """Place of the request in its run."""
+    text: str = ""
+    token_ids: list[int] | None = None
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    model: str | None = None
+    model_revision: str | None = None
+    worker: str | None = None
+    attempt: int = 1
+    """1 the first time; more after a worker's death or a retry."""
+    error: ErrorDetail | None = None
+    timings: JobTimings = JobTimings()
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """True if the model ended the text (`stop` or `length`)."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    @classmethod
+    def failed(
+        cls,
+        request_id: str,
+        error: BaseException | ErrorDetail,
+        *,
+        finish_reason: Literal[FinishReason.ERROR, FinishReason.CANCELLED] = FinishReason.ERROR,
+        **fields: Any,
+    ) -> GenerationResult:
+        """A result that has an error instead of text."""
+        detail = error if isinstance(error, ErrorDetail) else ErrorDetail.of(error)
+        return cls(id=request_id, finish_reason=finish_reason, error=detail, **fields)
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one line: each wrong field, its value (shortened) and the limit."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False):
+        field = ".".join(str(part) for part in item["loc"] if part != "function-before")
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown field '{field}'")
+        elif not field:
+            parts.append(message)
+        else:
+            value = repr(item["input"])
+            shown = value if len(value) <= 60 else value[:57] + "..."
+            parts.append(f"'{field}' is {shown}: {message[0].lower()}{message[1:]}")
+    return "; ".join(parts)
