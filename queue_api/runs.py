@@ -1,0 +1,114 @@
+"""A run: its hash, result stream and done bitmap; the sole owner of batchmill's own Redis keys.
+
+    batchmill:{run}          hash: queue, total, chunks, counters, state
+    batchmill:{run}:results  stream, one entry per request, in completion order
+    batchmill:{run}:done     bitmap by request index; who sets a bit may append the result
+
+The braces keep a run's three keys in one slot of a Redis Cluster.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from queue_api.errors import InvalidRequestError
+from queue_api.schemas import GenerationResult
+
+__all__ = ["DEFAULT_RUN_TTL_S", "RunKeys", "RunStatus", "check_run_id", "emit_args", "is_run_id"]
+
+DEFAULT_RUN_TTL_S = 7 * 86_400
+UNKNOWN_TOTAL = -1
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+def is_run_id(run: str) -> bool:
+    """True if `run` may name a run (and so be part of a Redis key)."""
+    return _RUN_ID.fullmatch(run) is not None
+
+
+def check_run_id(run: str) -> str:
+    """Return `run` if it may name a run.
+
+    :raises InvalidRequestError: empty, longer than 128, or with other characters than
+        letters, digits, `_`, `.` and `-`
+    """
+    if not is_run_id(run):
+        raise InvalidRequestError(
+            f"run id {run!r}: use 1 to 128 letters, digits, '_', '.' or '-', starting with a "
+            "letter or digit"
+        )
+    return run
+
+
+class RunKeys(NamedTuple):
+    """The Redis keys of one run, in the order that emit.lua takes them."""
+
+    hash: str
+    results: str
+    done: str
+
+    @classmethod
+    def of(cls, run: str) -> RunKeys:
+        base = f"batchmill:{{{run}}}"
+        return cls(base, f"{base}:results", f"{base}:done")
+
+
+def emit_args(
+    results: Iterable[GenerationResult], ttl_s: int = DEFAULT_RUN_TTL_S
+) -> list[str | int]:
+    """The ARGV of emit.lua for these results of one run."""
+    args: list[str | int] = [ttl_s]
+    for result in results:
+        args += (
+            result.index,
+            result.finish_reason.value,
+            result.prompt_tokens,
+            result.completion_tokens,
+            result.model_dump_json(exclude_defaults=True),
+        )
+    return args
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is. Counts are of requests."""
+
+    id: str
+    queue: str
+    total: int | None
+    """None while the producer hasn't said how many there will be."""
+    done: int = 0
+    finish_reasons: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cancelled: bool = False
+    created_at: float = 0.0
+    """Epoch seconds."""
+
+    @property
+    def complete(self) -> bool:
+        return self.total is not None and self.done >= self.total
+
+    @classmethod
+    def from_hash(cls, run: str, raw: Mapping[bytes, bytes]) -> RunStatus:
+        """Read the run's hash as redis-py returns it."""
+        fields = {key.decode(): value.decode() for key, value in raw.items()}
+        total = int(fields.get("total", UNKNOWN_TOTAL))
+        return cls(
+            id=run,
+            queue=fields.get("queue", ""),
+            total=None if total == UNKNOWN_TOTAL else total,
+            done=int(fields.get("done", 0)),
+            finish_reasons={
+                key.removeprefix("finish:"): int(value)
+                for key, value in fields.items()
+                if key.startswith("finish:")
+            },
+            prompt_tokens=int(fields.get("prompt_tokens", 0)),
+            completion_tokens=int(fields.get("completion_tokens", 0)),
+            cancelled=fields.get("cancelled") == "1",
+            created_at=float(fields.get("created_at", 0)),
+        )
