@@ -1,0 +1,55 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+INSTALLED := $(VENV)/.installed
+# Small models gain nothing from more threads than cores; the workers set their own number.
+PYTEST ?= $(BIN)/python -m pytest
+
+.PHONY: help install demo test lint types format check bench cluster clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Install everything into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# torch first, by exact version: whatever comes later then finds it there
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Run the main job on the bundled toy model: 240 prompts, 2 workers of 2 stages
+	@mkdir -p out && rm -f out/demo.jsonl
+	$(BIN)/batchmill run examples/prompts.jsonl -o out/demo.jsonl --workers 2 --stages cpu,cpu --show 6
+
+test: $(INSTALLED) ## Run the tests
+	$(PYTEST)
+
+lint: $(INSTALLED) ## Check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the sources and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint types test ## Lint, types and tests
+
+bench: $(INSTALLED) ## Measure: cache on and off, time per token early and late, questions and answers
+	$(BIN)/python benchmarks/cache_speedup.py
+	$(BIN)/python benchmarks/per_token_time.py
+	$(BIN)/python benchmarks/question_answer.py
+
+cluster: ## Start Redis and workers with docker compose
+	docker compose up --build
+
+clean: ## Remove what the targets above made
+	rm -rf $(VENV) out build *.egg-info
