@@ -29,18 +29,32 @@ __all__ = [
     "GenerateJob",
     "GenerateQueue",
     "JobPayloadError",
+    "chunk_job_id",
     "chunk_kwargs",
     "decode_chunk",
     "parse_item",
     "request_from_fields",
+    "single_job_id",
 ]
 
 GENERATE = "batchmill.generate"
 BATCH_SIZE_FIELD = "batch_size"
 """Extra field of a job's hash: how many requests it holds, so that CLAIM can count them."""
+MAX_RETRIES_FIELD = "max_retries"
+"""Extra field: how many retries it began with; less `retries_left` it tells the attempt."""
 MAX_PAYLOAD_BYTES = 64 * 2**20
 """A job's data may not unpack to more than this; a zip bomb ends as a failed job."""
 MAX_REQUESTS_PER_JOB = 1024
+
+
+def chunk_job_id(run: str, chunk: int) -> str:
+    """The RQ job that holds a run's requests chunk * chunk_size and following."""
+    return f"{run}-{chunk}"
+
+
+def single_job_id(run: str, index: int) -> str:
+    """The RQ job that holds one request split off from its chunk, for a retry on its own."""
+    return f"{run}-i{index}"
 
 
 class JobPayloadError(BatchmillError):

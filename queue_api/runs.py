@@ -1,6 +1,8 @@
 """A run: its hash, result stream and done bitmap; the sole owner of batchmill's own Redis keys.
 
-    batchmill:{run}          hash: queue, total, chunks, counters, state
+    batchmill:{run}          hash: queue, total, chunk_size, submitted, fingerprint, content,
+                             cancelled, created_at; counters done, prompt_tokens,
+                             completion_tokens and finish:<reason>
     batchmill:{run}:results  stream, one entry per request, in completion order
     batchmill:{run}:done     bitmap by request index; who sets a bit may append the result
 
@@ -21,7 +23,8 @@ __all__ = ["DEFAULT_RUN_TTL_S", "RunKeys", "RunStatus", "check_run_id", "emit_ar
 
 DEFAULT_RUN_TTL_S = 7 * 86_400
 UNKNOWN_TOTAL = -1
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+# narrower than a Redis key has to be: RQ refuses job ids with other characters
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
 
 def is_run_id(run: str) -> bool:
@@ -33,11 +36,11 @@ def check_run_id(run: str) -> str:
     """Return `run` if it may name a run.
 
     :raises InvalidRequestError: empty, longer than 128, or with other characters than
-        letters, digits, `_`, `.` and `-`
+        letters, digits, `_` and `-`
     """
     if not is_run_id(run):
         raise InvalidRequestError(
-            f"run id {run!r}: use 1 to 128 letters, digits, '_', '.' or '-', starting with a "
+            f"run id {run!r:.200}: use 1 to 128 letters, digits, '_' or '-', starting with a "
             "letter or digit"
         )
     return run
@@ -84,6 +87,10 @@ class RunStatus:
     finish_reasons: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    submitted: int = 0
+    """How many of the requests have been put on the queue or ended at once."""
+    chunk_size: int = 1
+    """Request i is in the run's chunk i // chunk_size."""
     cancelled: bool = False
     created_at: float = 0.0
     """Epoch seconds."""
@@ -109,6 +116,8 @@ class RunStatus:
             },
             prompt_tokens=int(fields.get("prompt_tokens", 0)),
             completion_tokens=int(fields.get("completion_tokens", 0)),
+            submitted=int(fields.get("submitted", 0)),
+            chunk_size=int(fields.get("chunk_size", 1)),
             cancelled=fields.get("cancelled") == "1",
             created_at=float(fields.get("created_at", 0)),
         )
