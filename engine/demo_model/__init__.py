@@ -1,0 +1,13 @@
+"""The demo model: a toy Llama of two million parameters that ships inside the wheel.
+
+It answers the short questions and tells the short stories of `corpus.py`, and nothing else. It
+is here so that the demo, the tests and the examples run on real text without a download.
+`python -m engine.demo_model.train` makes it again from nothing.
+"""
+
+from pathlib import Path
+
+DEMO_MODEL_PATH: Path = Path(__file__).resolve().parent / "weights"
+"""Folder to give to `from_pretrained`: config, safetensors, tokenizer and chat template."""
+
+__all__ = ["DEMO_MODEL_PATH"]
