@@ -1,0 +1,189 @@
+"""Where a model's files are and which of them a stage needs.
+
+Weights are read from safetensors alone: other formats can run code when they are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from queue_api.errors import ModelNotFoundError
+
+__all__ = ["Checkpoint", "layer_of"]
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+_FIRST_NUMBER = re.compile(r"^(.*?)\.?(\d+)\.")
+_SAMPLES_PER_FILE = 64
+_SAMPLE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, its name and revision, and the file of each of its tensors."""
+
+    folder: Path
+    name: str
+    revision: str | None
+    weight_map: dict[str, str]
+    """Tensor name to file name."""
+    hub_id: str | None = None
+    """Set when weight files are still to be fetched from the Hub, each on first need."""
+
+    @classmethod
+    def find(
+        cls, model: str, revision: str | None = None, *, trust_remote_code: bool = False
+    ) -> Checkpoint:
+        """Look up a local folder or a Hub id, and fetch all but the weights of the latter.
+
+        :raises ModelNotFoundError: saying what is missing, and where
+        """
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            _require_files(folder)
+            weight_map = _read_weight_map(folder)
+            return cls(folder, folder.resolve().name, _content_hash(folder, weight_map), weight_map)
+        if folder.exists():
+            raise ModelNotFoundError(f"{model} is a file; give the folder that it is in")
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise ModelNotFoundError(f"no model folder {model}")
+        patterns = [*SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+        with _hub_errors(model, revision):
+            snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if not (snapshot / INDEX_FILE).exists():
+            with _hub_errors(model, revision):  # One file: every stage has to have all of it.
+                hf_hub_download(model, SINGLE_FILE, revision=snapshot.name)
+        _require_files(snapshot)
+        return cls(snapshot, model, snapshot.name, _read_weight_map(snapshot), hub_id=model)
+
+    @contextmanager
+    def open(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Lazy tensors by name; only the files that hold one of `names` are opened.
+
+        A tensor is read from the file when it is indexed (`tensor[...]`), not before.
+
+        :raises ModelNotFoundError: if a file is missing or damaged
+        """
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.weight_map[name]].append(name)
+        with ExitStack() as stack:
+            tensors = {}
+            for file_name, held in by_file.items():
+                try:
+                    path = self._local(file_name)
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    tensors.update({name: file.get_slice(name) for name in held})
+                except (OSError, SafetensorError) as error:
+                    raise ModelNotFoundError(
+                        f"{self.folder / file_name}: can't read it ({error})"
+                    ) from error
+            yield tensors
+
+    def _local(self, file_name: str) -> Path:
+        path = self.folder / file_name
+        if self.hub_id is None or path.exists():
+            return path
+        logger.info("fetching %s of %s", file_name, self.hub_id)
+        with _hub_errors(self.hub_id, self.revision):
+            return Path(hf_hub_download(self.hub_id, file_name, revision=self.revision))
+
+    def layer_lists(self, num_layers: int) -> frozenset[str]:
+        """Name prefixes that are followed by each number of `num_layers` layers and no other."""
+        numbers: dict[str, set[int]] = defaultdict(set)
+        for name in self.weight_map:
+            if match := _FIRST_NUMBER.match(name):
+                numbers[match[1]].add(int(match[2]))
+        layers = set(range(num_layers))
+        return frozenset(prefix for prefix, seen in numbers.items() if seen == layers)
+
+
+def layer_of(name: str, layer_lists: Collection[str]) -> int | None:
+    """The layer that the tensor `name` belongs to, or None if it is outside the layers."""
+    match = _FIRST_NUMBER.match(name)
+    return int(match[2]) if match and match[1] in layer_lists else None
+
+
+def _require_files(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise ModelNotFoundError(f"{folder} has no config.json; is it a model's folder?")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ModelNotFoundError(
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
+        )
+    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        other = next(iter([*folder.glob("*.bin"), *folder.glob("*.gguf")]), None)
+        hint = f"; {other.name} must be converted first" if other else ""
+        raise ModelNotFoundError(f"{folder} has no weights in {SINGLE_FILE} or {INDEX_FILE}{hint}")
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    index = folder / INDEX_FILE
+    try:
+        if index.exists():
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return weight_map
+        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelNotFoundError(f"{folder}: its weights can't be read ({error})") from error
+
+
+def _content_hash(folder: Path, weight_map: dict[str, str]) -> str:
+    """Hash of the config and of evenly spread samples of each weight file: cheap and stable."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in sorted(set(weight_map.values())):
+        path = folder / name
+        if not path.exists():
+            continue  # A stage that needs it says so when it opens it.
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES_PER_FILE):
+                file.seek(i * max(0, size - _SAMPLE_BYTES) // (_SAMPLES_PER_FILE - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn the Hub's errors into ours."""
+    at = f" at revision {revision}" if revision else ""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelNotFoundError(f"{model} is gated: accept its terms and log in first") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelNotFoundError(f"neither a folder nor a Hub id: {model}") from error
+    except RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{model} has no revision {revision}") from error
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{model}{at} is neither a folder nor in the local cache, and the Hub can't be reached"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelNotFoundError(f"{model}{at}: the Hub answered {error}") from error

@@ -1,0 +1,196 @@
+"""Cut a slice out of an unchanged Hugging Face model and load that slice's weights alone.
+
+With stage.py, the only place that knows how transformers builds its models.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from engine.checkpoint import Checkpoint, layer_of
+from engine.partition import StageSpec
+from queue_api.errors import ModelNotFoundError, UnsupportedModelError
+
+__all__ = ["find_layers", "load_config", "load_slice", "resolve_dtype"]
+
+
+def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The model's config.
+
+    :raises UnsupportedModelError: if transformers can't make sense of it
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(f"{checkpoint.name}: {error}") from error
+
+
+def resolve_dtype(name: str, config: Any, devices: tuple[str, ...]) -> torch.dtype:
+    """The dtype that `auto` or a name stands for.
+
+    `auto` keeps the checkpoint's, but not on a CPU: without matrix units for it, half precision
+    is several times slower there than float32.
+    """
+    if name != "auto":
+        return cast(torch.dtype, getattr(torch, name))
+    stored = getattr(config.get_text_config(), "dtype", None)
+    if stored is None or any(torch.device(device).type == "cpu" for device in devices):
+        return torch.float32
+    return cast(torch.dtype, stored)
+
+
+def find_layers(model: Any) -> tuple[nn.Module, str]:
+    """The module that owns the list of decoder layers, and the list's attribute name.
+
+    :raises UnsupportedModelError: if there is no such list
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module, name
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no list of {num_layers} decoder layers to cut"
+    )
+
+
+def load_slice(
+    checkpoint: Checkpoint,
+    config: Any,
+    spec: StageSpec,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model with the layers of `spec` only, on its device, nothing else ever read.
+
+    The model keeps its class and the names of its weights. What other stages own is taken out
+    before weights are loaded; the embedding stays with the first stage (and with the last, if
+    the head is tied to it), the final norm and the head with the last.
+
+    :raises UnsupportedModelError: if the class can't be cut
+    :raises ModelNotFoundError: if a weight that the slice needs isn't in the checkpoint
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
+        )
+    whole = set(skeleton.state_dict())
+    _prune(skeleton, spec)
+    names = _needed(checkpoint, config, spec, absent=whole - set(skeleton.state_dict()))
+    with checkpoint.open(names) as tensors, _quiet_loading():
+        model, report = _pruned_class(type(skeleton), spec).from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=tensors,
+            dtype=dtype,
+            generation_config=GenerationConfig(),
+            output_loading_info=True,
+        )
+    # transformers would fill these with random numbers and carry on.
+    wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
+    if wrong:
+        raise ModelNotFoundError(f"{checkpoint.name}: weights missing or misshapen: {wrong[:5]}")
+    _drop_placeholders(model, spec)
+    return model.eval().requires_grad_(False).to(spec.device)
+
+
+def _needed(checkpoint: Checkpoint, config: Any, spec: StageSpec, absent: set[str]) -> list[str]:
+    """Names in the checkpoint that the slice may need.
+
+    A checkpoint may name its tensors otherwise than the model does (transformers renames and
+    merges while loading), so what the slice is known not to have is left out, not the reverse.
+    """
+    lists = checkpoint.layer_lists(config.get_text_config().num_hidden_layers)
+    own_layers = range(spec.first_layer, spec.end_layer)
+    names = []
+    for name in checkpoint.weight_map:
+        layer = layer_of(name, lists)
+        if name not in absent and (layer is None or layer in own_layers):
+            names.append(name)
+    return names
+
+
+class _Absent(nn.Module):
+    """Stands where another stage's module was, and hands on what it is given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+def _prune(model: Any, spec: StageSpec) -> None:
+    """Take out what `spec` doesn't own; the names of what stays don't change."""
+    owner, attribute = find_layers(model)
+    layers = cast(nn.ModuleList, getattr(owner, attribute))
+    for i in range(len(layers)):
+        if not spec.first_layer <= i < spec.end_layer:
+            layers[i] = _Absent()
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    behind_layers = False
+    for name, child in list(owner.named_children()):
+        if child is layers:
+            behind_layers = True
+        elif child is embedding:
+            if not spec.is_first and not (spec.is_last and tied):
+                setattr(owner, name, _Absent())
+        elif behind_layers and not spec.is_last and next(child.parameters(), None) is not None:
+            setattr(owner, name, _Absent())  # the final norm
+    if not spec.is_last:
+        for name, child in list(model.named_children()):
+            if child is head:
+                setattr(model, name, _Absent())
+                model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+
+
+def _pruned_class(cls: type[Any], spec: StageSpec) -> Any:
+    """A subclass of the model class that is built without what `spec` doesn't own."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        _prune(self, spec)
+
+    members = {"__init__": init, "__module__": cls.__module__}
+    # Tensors on offer that the slice has no use for are no cause for a warning.
+    members["_keys_to_ignore_on_load_unexpected"] = [r".*"]
+    return type(cls.__name__, (cls,), members)
+
+
+def _drop_placeholders(model: Any, spec: StageSpec) -> None:
+    """Shorten the list of layers, and each list in the config that has one entry per layer."""
+    owner, attribute = find_layers(model)
+    layers = list(getattr(owner, attribute))
+    setattr(owner, attribute, nn.ModuleList(layers[spec.first_layer : spec.end_layer]))
+    config = model.config.get_text_config()
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers:
+            setattr(config, name, list(value)[spec.first_layer : spec.end_layer])
+    config.num_hidden_layers = spec.num_layers
+
+
+def forward_parameters(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a module's forward."""
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers while a stage loads."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
