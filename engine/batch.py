@@ -1,0 +1,102 @@
+"""ForwardBatch: the packed tokens of one micro-batch, shared by all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engine.sequence import Sequence
+
+__all__ = ["ForwardBatch", "Segment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's tokens in a packed batch.
+
+    ::
+
+        packed tokens   ... | start .. start+count | ...
+        sequence        0 .. past | past .. past+count       (positions)
+        KV slots        first_slot .. | first_slot+past ..   (the same range in every stage)
+    """
+
+    start: int
+    count: int
+    past: int
+    first_slot: int
+    number: int
+    """The sequence's number; keys the caches of a stage that can't pack."""
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """Tokens of several sequences, one after the other, without padding."""
+
+    segments: list[Segment]
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slots: torch.Tensor | None  # [T] int64, where K and V go; None: without a cache
+    logit_rows: torch.Tensor  # [B] int64, the packed tokens whose logits are due
+    sequences: list[Sequence]
+    """All sequences in the batch, in the order of `segments`."""
+    due: list[Sequence]
+    """Those that get a new token, in the order of `logit_rows`."""
+    stage_s: list[float] = field(default_factory=list)
+    """Time in each stage so far; filled by the pipeline."""
+    _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = field(
+        default_factory=dict
+    )
+    plans: dict[object, object] = field(default_factory=dict)
+    """Attention plans by mask rule and device; filled by the attention hook, used by all layers."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """`positions`, `slots` and `logit_rows` on a device, moved once per batch."""
+        if device.type == "cpu":
+            return self.positions, self.slots, self.logit_rows
+        if device not in self._on_device:
+            slots = None if self.slots is None else self.slots.to(device, non_blocking=True)
+            self._on_device[device] = (
+                self.positions.to(device, non_blocking=True),
+                slots,
+                self.logit_rows.to(device, non_blocking=True),
+            )
+        return self._on_device[device]
+
+    @classmethod
+    def pack(cls, work: Iterable[tuple[Sequence, int]], *, use_cache: bool = True) -> ForwardBatch:
+        """Pack the next `count` pending tokens of each sequence.
+
+        Without a cache a sequence's whole text is packed, whatever `count` says.
+        """
+        segments, sequences, due, rows, ids, positions, slots = [], [], [], [], [], [], []
+        start = 0
+        for sequence, pending in work:
+            past = sequence.num_cached if use_cache else 0
+            count = pending if use_cache else sequence.num_tokens
+            end = past + count
+            segments.append(Segment(start, count, past, sequence.first_slot, sequence.number))
+            sequences.append(sequence)
+            ids.append(sequence.token_ids[past:end])
+            positions.append(np.arange(past, end))
+            slots.append(np.arange(sequence.first_slot + past, sequence.first_slot + end))
+            start += count
+            if end == sequence.num_tokens:
+                due.append(sequence)
+                rows.append(start - 1)
+        return cls(
+            segments=segments,
+            token_ids=torch.from_numpy(np.concatenate(ids)),
+            positions=torch.from_numpy(np.concatenate(positions)),
+            slots=torch.from_numpy(np.concatenate(slots)) if use_cache else None,
+            logit_rows=torch.tensor(rows, dtype=torch.long),
+            sequences=sequences,
+            due=due,
+        )

@@ -1,0 +1,101 @@
+"""A stage's KV cache and the allocator of its slots."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["KVPool", "KVShape", "SlotAllocator"]
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """Heads and head sizes of one layer's cache."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one token takes in this layer."""
+        return self.num_heads * (self.key_size + self.value_size) * dtype.itemsize
+
+
+class KVPool:
+    """K and V of a stage's own layers, on its device.
+
+    Head-major, so that one sequence's range of slots is a plain strided view for SDPA. Index 0
+    is the stage's first layer, whatever that layer's number in the model.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[KVShape],
+        num_slots: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.num_slots = num_slots
+        # Uninitialized: on a CPU, memory that no token has used stays untouched by the system.
+        self.keys = [
+            torch.empty(s.num_heads, num_slots, s.key_size, device=device, dtype=dtype)
+            for s in shapes
+        ]  # each [Hkv, S, D]
+        self.values = [
+            torch.empty(s.num_heads, num_slots, s.value_size, device=device, dtype=dtype)
+            for s in shapes
+        ]  # each [Hkv, S, D]
+
+    def write(
+        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens' `key` and `value` [Hkv, T, D]; return the layer's whole K and V."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_copy_(1, slots, key)
+        values.index_copy_(1, slots, value)
+        return keys, values
+
+
+class SlotAllocator:
+    """Hands out contiguous ranges of slots, the lowest that fits.
+
+    Invariant: `_free` holds the free ranges as (first, length), sorted, none empty and no two
+    touching; free and used ranges together cover all slots exactly once.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._free: list[tuple[int, int]] = [(0, num_slots)]
+        self._used: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return self.num_slots - sum(self._used.values())
+
+    def allocate(self, length: int) -> int | None:
+        """First slot of a free range of `length` (at least 1), or None if there is none."""
+        for i, (first, room) in enumerate(self._free):
+            if room >= length:
+                self._free[i : i + 1] = [(first + length, room - length)] if room > length else []
+                self._used[first] = length
+                return first
+        return None
+
+    def free(self, first: int) -> None:
+        """Give back the range that `allocate` returned.
+
+        :raises KeyError: if no range in use begins there
+        """
+        length = self._used.pop(first)
+        i = bisect.bisect(self._free, (first, 0))
+        end = first + length
+        if i < len(self._free) and self._free[i][0] == end:
+            end += self._free.pop(i)[1]
+        if i > 0 and sum(self._free[i - 1]) == first:
+            i -= 1
+            first = self._free.pop(i)[0]
+        self._free.insert(i, (first, end - first))

@@ -1,0 +1,112 @@
+"""One request's tokens and status while the engine has it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from queue_api.schemas import FinishReason, SamplingParams
+
+__all__ = ["Completion", "Sequence", "seed_from_key"]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens and progress of one request.
+
+    Invariant: `num_cached <= num_tokens <= capacity`; the tokens from `num_cached` on are still
+    to be computed. One of them is a decode step, more are a prefill.
+    """
+
+    key: str
+    number: int
+    """Unique in the engine, rising with arrival."""
+    token_ids: npt.NDArray[np.int64]  # [capacity]; prompt, then generated, then free
+    num_prompt: int
+    num_tokens: int
+    sampling: SamplingParams
+    seed: int
+    added_at: float
+    stage_s: list[float]
+    num_cached: int = 0
+    first_slot: int = -1
+    """Set by the scheduler at admission; the same range in every stage."""
+    in_flight: bool = False
+    """Part of a micro-batch that hasn't come back."""
+    is_cancelled: bool = False
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def capacity(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return self.num_tokens - self.num_cached
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    def generated(self) -> list[int]:
+        """The new tokens so far, those it was resumed with included."""
+        tokens: list[int] = self.token_ids[self.num_prompt : self.num_tokens].tolist()
+        return tokens
+
+    def append(self, token_id: int) -> None:
+        self.token_ids[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    @classmethod
+    def create(
+        cls,
+        key: str,
+        number: int,
+        prompt: Seq[int],
+        generated: Seq[int],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        added_at: float,
+        num_stages: int,
+    ) -> Sequence:
+        token_ids = np.zeros(len(prompt) + sampling.max_tokens, dtype=np.int64)
+        num_tokens = len(prompt) + len(generated)
+        token_ids[: len(prompt)] = prompt
+        token_ids[len(prompt) : num_tokens] = generated
+        stage_s = [0.0] * num_stages
+        return cls(
+            key, number, token_ids, len(prompt), num_tokens, sampling, seed, added_at, stage_s
+        )
+
+
+@dataclass(slots=True)
+class Completion:
+    """How a request ended. Times are `time.perf_counter` seconds, None where it didn't happen."""
+
+    key: str
+    text: str
+    """The new text, without special tokens and from no stop string on."""
+    token_ids: list[int]
+    """All new tokens, the one that ended the text included, as `transformers.generate` has it."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    error: BaseException | None = None
+    added_at: float | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    stage_s: list[float] = field(default_factory=list)
+    """Per stage: the sum over its steps of the step's time over the sequences in it."""
+
+
+def seed_from_key(key: str) -> int:
+    """A 64-bit seed for a request that names none; the same key always gives the same."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
