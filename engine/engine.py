@@ -1,0 +1,408 @@
+"""Engine: requests in, completions out, one scheduling round at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+try:
+    import torch
+    import transformers  # noqa: F401
+except ImportError as error:
+    from queue_api.errors import MissingExtraError
+
+    raise MissingExtraError(
+        f"{error.name} isn't installed; running a model needs: pip install 'batchmill[worker]'"
+    ) from error
+
+from engine.batch import ForwardBatch
+from engine.checkpoint import Checkpoint
+from engine.config import EngineConfig
+from engine.kv_cache import SlotAllocator
+from engine.memory import fitting_slots
+from engine.partition import PartitionPlan, plan_partition
+from engine.pipeline import InlinePipeline, Pipeline, ThreadedPipeline
+from engine.sampler import NO_TOKEN, choose_tokens
+from engine.scheduler import Scheduler
+from engine.sequence import Completion, seed_from_key
+from engine.sequence import Sequence as Text
+from engine.slicing import load_config, resolve_dtype
+from engine.stage import Stage
+from engine.tokenizer import Tokenizer
+from queue_api.errors import (
+    ConfigurationError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+from queue_api.schemas import FinishReason, GenerationRequest
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A model on a row of stages, generating for many requests at once.
+
+    Not thread-safe: one thread adds, steps and cancels.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        stages: Sequence[Stage],
+        *,
+        max_model_len: int,
+    ) -> None:
+        self.config = config
+        self.model_name = checkpoint.name
+        self.model_revision = checkpoint.revision
+        self.tokenizer = tokenizer
+        self.stages = stages
+        slots = _num_slots(config, stages, max_model_len)
+        self.max_model_len = min(max_model_len, slots)
+        for stage in stages:
+            stage.allocate(slots)
+        self.pipeline = _make_pipeline(config, stages)
+        self.scheduler = Scheduler(
+            SlotAllocator(slots),
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            num_groups=self.pipeline.capacity,
+            use_cache=config.use_cache,
+        )
+        self._texts: dict[str, Text] = {}
+        self._ended: list[Completion] = []
+        self._num_added = 0
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Engine:
+        """Find the model, cut it into stages and load them.
+
+        :raises ModelNotFoundError: no such folder or Hub id, or a file of it is missing
+        :raises UnsupportedModelError: the model can't run here without a risk of wrong text
+        :raises PartitionError: the partition doesn't fit the model
+        :raises ConfigurationError: a device or a length that isn't there
+        """
+        started = time.perf_counter()
+        trust = config.trust_remote_code
+        checkpoint = Checkpoint.find(config.model, config.revision, trust_remote_code=trust)
+        model_config = load_config(checkpoint, trust_remote_code=trust)
+        text_config = model_config.get_text_config()
+        _check_devices(config.devices)
+        plan = plan_partition(
+            text_config.num_hidden_layers, config.devices, config.partition, config.layer_bounds
+        )
+        tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
+        dtype = resolve_dtype(config.dtype, model_config, config.devices)
+        stages = _load_stages(checkpoint, model_config, plan, dtype, config)
+        limit = _length_limit(config, text_config)
+        engine = cls(config, checkpoint, tokenizer, stages, max_model_len=limit)
+        logger.info(
+            "%s (%s) ready in %.1f s: layers %s; %s; %s; %s pipeline, %d cache slots",
+            checkpoint.name,
+            checkpoint.revision,
+            time.perf_counter() - started,
+            plan,
+            dtype,
+            "/".join(stage.mode for stage in stages),
+            type(engine.pipeline).__name__.removesuffix("Pipeline").lower(),
+            engine.scheduler.allocator.num_slots,
+        )
+        return engine
+
+    # ------------------------------------------------------------------------ requests in, out
+
+    def add(
+        self,
+        key: str,
+        request: GenerationRequest,
+        *,
+        generated: Sequence[int] = (),
+        seed_key: str | None = None,
+    ) -> None:
+        """Queue a request under `key`.
+
+        :param generated: new tokens that an earlier run of the same request has produced; they
+            are read in, counted and kept, and generation goes on behind them
+        :param seed_key: what the seed follows from if the request names none; `key` by default
+        :raises RequestError: what is wrong with this request; nothing is queued then
+        """
+        if key in self._texts:
+            raise DuplicateRequestError(f"a request with key {key!r} is already here")
+        prompt = self.tokenizer.encode(request)
+        sampling = request.sampling
+        self._check_length(len(prompt), sampling.max_tokens)
+        if len(generated) > sampling.max_tokens:
+            raise InvalidRequestError(
+                f"resumed with {len(generated)} tokens, max_tokens is {sampling.max_tokens}"
+            )
+        seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
+        text = Text.create(
+            key,
+            self._num_added,
+            prompt,
+            generated,
+            sampling,
+            seed=seed,
+            added_at=time.perf_counter(),
+            num_stages=len(self.stages),
+        )
+        self._num_added += 1
+        if generated and (ending := self._ending(text)):
+            self._ended.append(self._complete(text, *ending))
+            return
+        self._texts[key] = text
+        self.scheduler.add(text)
+
+    def cancel(self, key: str) -> bool:
+        """Drop a request; it gets no completion. False if it isn't here (any more)."""
+        text = self._texts.pop(key, None)
+        if text is None:
+            return False
+        text.is_cancelled = True
+        if not text.in_flight:
+            self._remove(text)
+        return True
+
+    def step(self) -> list[Completion]:
+        """Run one scheduling round and return the requests that ended in it.
+
+        :raises EngineError: if a stage or its device failed; the engine can't go on
+        """
+        ended, self._ended = self._ended, []
+        now = time.perf_counter()
+        for text in self.scheduler.admit():
+            text.admitted_at = now
+        while self.pipeline.num_in_flight < self.pipeline.capacity:
+            work = self.scheduler.schedule()
+            if not work:
+                break
+            self.pipeline.submit(ForwardBatch.pack(work, use_cache=self.config.use_cache))
+        if self.pipeline.num_in_flight:
+            batch, logits = self.pipeline.collect()
+            ended += self._advance(batch, logits)
+        return ended
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Run requests to their end, offline; completions come in the requests' order.
+
+        :raises RequestError: for the first request that is wrong; nothing is generated then
+        """
+        keys = [f"{i}:{request.id}" for i, request in enumerate(requests)]
+        try:
+            for key, request in zip(keys, requests, strict=True):
+                self.add(key, request, seed_key=request.id)
+        except Exception:
+            for key in keys:
+                self.cancel(key)
+            raise
+        done: dict[str, Completion] = {}
+        while len(done) < len(keys):
+            done.update((completion.key, completion) for completion in self.step())
+        return [done[key] for key in keys]
+
+    def close(self) -> None:
+        """Stop the stages' threads and let go of weights and cache."""
+        self.pipeline.close()
+        self.stages = []
+        self._texts.clear()
+
+    # --------------------------------------------------------------------------------- status
+
+    def has_unfinished(self) -> bool:
+        """True as long as `step` has something to do or to return."""
+        return bool(self._texts or self._ended or self.pipeline.num_in_flight)
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def num_free_seqs(self) -> int:
+        """How many more requests could run at once, as far as places go."""
+        return max(0, self.config.max_num_seqs - self.num_running - self.num_waiting)
+
+    def progress(self) -> Mapping[str, tuple[int, ...]]:
+        """New tokens so far of each running request, for checkpoints."""
+        return {
+            text.key: tuple(text.generated())
+            for text in self.scheduler.running
+            if not text.is_cancelled
+        }
+
+    # -------------------------------------------------------------------------------- a round
+
+    def _advance(self, batch: ForwardBatch, logits: torch.Tensor) -> list[Completion]:
+        """Take in a micro-batch that came back: note what it computed, choose tokens, end texts."""
+        share = [seconds / len(batch.sequences) for seconds in batch.stage_s]
+        for segment, text in zip(batch.segments, batch.sequences, strict=True):
+            self.scheduler.computed(text, segment.count)
+            text.stage_s = [a + b for a, b in zip(text.stage_s, share, strict=True)]
+            if text.is_cancelled:
+                self._remove(text)
+        tokens = choose_tokens(logits, batch.due) if batch.due else []
+        now = time.perf_counter()
+        ended = []
+        for text, token in zip(batch.due, tokens, strict=True):
+            if text.is_cancelled:
+                continue
+            try:
+                ending = self._append(text, token, now)
+            except Exception as error:  # of this text alone, such as one that can't be decoded
+                logger.exception("%s: failed", text.key)
+                ended.append(self._end(text, FinishReason.ERROR, error=error))
+                continue
+            if ending:
+                ended.append(self._end(text, *ending))
+        return ended
+
+    def _append(self, text: Text, token: int, now: float) -> tuple[FinishReason, int | None] | None:
+        if token == NO_TOKEN:
+            raise ArithmeticError("the model's logits are not numbers")
+        text.append(token)
+        if text.first_token_at is None:
+            text.first_token_at = now
+        return self._ending(text)
+
+    def _ending(self, text: Text) -> tuple[FinishReason, int | None] | None:
+        """Why the text ends with its last token, and where in it a stop string begins."""
+        sampling = text.sampling
+        last = int(text.token_ids[text.num_tokens - 1])
+        if last in sampling.stop_token_ids:
+            return FinishReason.STOP, None
+        if not sampling.ignore_eos and last in self.tokenizer.eos_token_ids:
+            return FinishReason.STOP, None
+        if sampling.stop:
+            place = self.tokenizer.find_stop(text.generated(), sampling.stop)
+            if place is not None:
+                return FinishReason.STOP, place
+        if text.num_tokens == text.capacity:
+            return FinishReason.LENGTH, None
+        return None
+
+    def _end(
+        self,
+        text: Text,
+        reason: FinishReason,
+        stop_place: int | None = None,
+        error: BaseException | None = None,
+    ) -> Completion:
+        self._texts.pop(text.key, None)
+        self._remove(text)
+        try:
+            return self._complete(text, reason, stop_place, error)
+        except Exception as problem:  # its tokens can't be decoded
+            return self._complete(text, FinishReason.ERROR, 0, error or problem)
+
+    def _complete(
+        self,
+        text: Text,
+        reason: FinishReason,
+        stop_place: int | None = None,
+        error: BaseException | None = None,
+    ) -> Completion:
+        tokens = text.generated()
+        return Completion(
+            key=text.key,
+            text="" if stop_place == 0 else self.tokenizer.decode(tokens)[:stop_place],
+            token_ids=tokens,
+            finish_reason=reason,
+            prompt_tokens=text.num_prompt,
+            completion_tokens=len(tokens),
+            error=error,
+            added_at=text.added_at,
+            admitted_at=text.admitted_at,
+            first_token_at=text.first_token_at,
+            finished_at=time.perf_counter(),
+            stage_s=text.stage_s,
+        )
+
+    def _remove(self, text: Text) -> None:
+        if self.scheduler.remove(text):
+            self.pipeline.release(text.number)
+
+    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
+        if num_prompt + max_tokens > self.max_model_len:
+            raise PromptTooLongError(
+                f"{num_prompt} prompt tokens and max_tokens {max_tokens} make "
+                f"{num_prompt + max_tokens}; this engine takes {self.max_model_len} together"
+            )
+
+
+def _load_stages(
+    checkpoint: Checkpoint,
+    model_config: object,
+    plan: PartitionPlan,
+    dtype: torch.dtype,
+    config: EngineConfig,
+) -> list[Stage]:
+    return [
+        Stage.load(
+            checkpoint,
+            model_config,
+            spec,
+            dtype,
+            use_cache=config.use_cache,
+            trust_remote_code=config.trust_remote_code,
+        )
+        for spec in plan.stages
+    ]
+
+
+def _make_pipeline(config: EngineConfig, stages: Sequence[Stage]) -> Pipeline:
+    inline = len({stage.device for stage in stages}) == 1
+    if config.pipeline != "auto":
+        inline = config.pipeline == "inline"
+    return (InlinePipeline if inline else ThreadedPipeline)(stages, config.num_threads)
+
+
+def _num_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len: int) -> int:
+    """Slots of the cache: as asked for, else what fits and can be of use."""
+    if config.kv_cache_tokens is not None:
+        return config.kv_cache_tokens
+    useful = config.max_num_seqs * max_model_len
+    if not config.use_cache:
+        return useful
+    fitting = fitting_slots((stage.device, stage.slot_bytes) for stage in stages)
+    if fitting is None:
+        return useful
+    if fitting < 1:
+        raise ConfigurationError("no memory left for the KV cache beside the weights")
+    return min(useful, fitting)
+
+
+def _length_limit(config: EngineConfig, text_config: object) -> int:
+    """Tokens that a text may have: the model's limit, or a lower one that was asked for."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if isinstance(limit := getattr(text_config, name, None), int):
+            break
+    else:
+        limit = config.max_model_len
+    if limit is None:
+        raise UnsupportedModelError("the model names no maximum length; set max_model_len")
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigurationError(
+            f"max_model_len {config.max_model_len} is above the model's limit of {limit}"
+        )
+    return min(limit, config.max_model_len or limit)
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ConfigurationError(f"no such device: {name!r}") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigurationError(
+                f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )

@@ -1,0 +1,108 @@
+"""Which sequences run in the next micro-batch, and with how many tokens.
+
+Continuous batching: a sequence joins and leaves between any two steps. Decodes come first, then
+prefill chunks up to the token budget. Nothing starves: sequences are admitted in the order of
+arrival, and within a micro-batch those come first that have waited longest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from engine.kv_cache import SlotAllocator
+from engine.sequence import Sequence
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Sequences that wait, run, or are part of a micro-batch in flight.
+
+    :param num_groups: micro-batches that may be in flight at once; sequences are spread over them
+    """
+
+    def __init__(
+        self,
+        allocator: SlotAllocator,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        num_groups: int = 1,
+        use_cache: bool = True,
+    ) -> None:
+        self.allocator = allocator
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max_batch_tokens
+        self.num_groups = num_groups
+        self.use_cache = use_cache
+        self.waiting: deque[Sequence] = deque()
+        # Ordered by when a sequence was last scheduled, the longest ago in front.
+        self._running: dict[int, Sequence] = {}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def running(self) -> Iterator[Sequence]:
+        return iter(self._running.values())
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Take out a sequence that isn't in flight, and free its slots; False if not running."""
+        if self._running.pop(sequence.number, None) is None:
+            self.waiting.remove(sequence)
+            return False
+        if self.use_cache:
+            self.allocator.free(sequence.first_slot)
+        return True
+
+    def admit(self) -> list[Sequence]:
+        """Let waiting sequences in, in order, as far as there are places and slots."""
+        admitted = []
+        while self.waiting and len(self._running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if self.use_cache:
+                first_slot = self.allocator.allocate(sequence.capacity)
+                if first_slot is None:
+                    break  # Those behind wait too, or a long text would never get its place.
+                sequence.first_slot = first_slot
+            self._running[sequence.number] = self.waiting.popleft()
+            admitted.append(sequence)
+        return admitted
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """The next micro-batch: sequences and how many pending tokens of each; all now in flight.
+
+        At most `max_batch_tokens` tokens, unless a single sequence has more and there is no
+        cache to keep a part of them in.
+        """
+        places = -(-len(self._running) // self.num_groups)
+        ready = [s for s in self._running.values() if not s.in_flight][:places]
+        ready.sort(key=lambda s: s.num_pending > 1)  # stable: decodes, then prefills in turn
+        work: list[tuple[Sequence, int]] = []
+        budget = self.max_batch_tokens
+        for sequence in ready:
+            if self.use_cache:
+                count = min(sequence.num_pending, budget)
+            else:
+                count = sequence.num_tokens
+                if work and count > budget:
+                    break
+            if count <= 0:
+                break
+            budget -= count
+            work.append((sequence, count))
+        for sequence, _ in work:
+            sequence.in_flight = True
+            self._running[sequence.number] = self._running.pop(sequence.number)
+        return work
+
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """Note that a sequence's micro-batch came back with `count` of its tokens."""
+        sequence.in_flight = False
+        if self.use_cache:
+            sequence.num_cached += count
