@@ -18,6 +18,7 @@
   * QueueFullError: the queue's limit is reached; try again later
   * RunNotFoundError
   * RunIncompleteError: a run ended with requests that have no result
+  * GenerationFailedError: a result holds an error instead of text, and was asked to raise it
   * DatasetError: an input or output file as a whole can't be used
   * EngineError: the engine can't go on; its worker must end
 """
@@ -30,6 +31,7 @@ __all__ = [
     "DatasetError",
     "DuplicateRequestError",
     "EngineError",
+    "GenerationFailedError",
     "InvalidRequestError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -126,6 +128,10 @@ class RunNotFoundError(BatchmillError):
 
 class RunIncompleteError(BatchmillError):
     """The run ended, or the wait for it did, with requests that have no result."""
+
+
+class GenerationFailedError(BatchmillError):
+    """A result holds an error, or was cancelled, and GenerationResult.raise_for_error was asked."""
 
 
 class DatasetError(BatchmillError):

@@ -94,6 +94,8 @@ class RunStatus:
     cancelled: bool = False
     created_at: float = 0.0
     """Epoch seconds."""
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    """Unfinished jobs by RQ's word for their state; only Run.status looks for them."""
 
     @property
     def complete(self) -> bool:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from queue_api.errors import InvalidRequestError, RequestError
+from queue_api.errors import GenerationFailedError, InvalidRequestError, RequestError
 
 __all__ = [
     "ChatMessage",
@@ -195,6 +195,16 @@ class GenerationResult(BaseModel):
     def ok(self) -> bool:
         """True if the model ended the text (`stop` or `length`)."""
         return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    def raise_for_error(self) -> GenerationResult:
+        """Return self if it is text.
+
+        :raises GenerationFailedError: `error` or `cancelled`, with the error's words
+        """
+        if not self.ok:
+            detail = self.error.message if self.error else self.finish_reason.value
+            raise GenerationFailedError(f"request {self.id!r}: {detail}")
+        return self
 
     @classmethod
     def failed(

@@ -1,0 +1,106 @@
+"""Numbered requests of one run onto the queue, a chunk to a job."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+from queue_api.bitmap import Bitmap
+from queue_api.enqueue import QUEUE_FULL, EnqueueCall
+from queue_api.errors import QueueFullError
+from queue_api.jobs import chunk_job_id
+from queue_api.reconcile import cancel_requests, undone
+from queue_api.schemas import GenerationRequest, GenerationResult
+from queue_api.store import RunStore
+
+__all__ = ["ChunkWriter"]
+
+ENQUEUE_AT_ONCE = 512
+"""Requests to one round trip."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
+
+
+class ChunkWriter:
+    """Takes requests in the order of their indexes, and enqueues what is neither done nor alive.
+
+    Chunks are fixed ranges of indexes, so that whoever knows an index knows its job, and doing it
+    all again after a crash makes the same jobs.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        run: str,
+        *,
+        queue: str,
+        chunk_size: int,
+        done: Bitmap,
+        wait_when_full: bool = True,
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._template = store.template(queue)
+        self._chunk_size = chunk_size
+        self._done = done
+        self._wait_when_full = wait_when_full
+        self._chunk: list[tuple[int, GenerationRequest]] = []
+        self._calls: list[EnqueueCall] = []
+        self._results: list[GenerationResult] = []
+        self._waiting = 0
+        self._end = 0
+
+    async def put(self, index: int, item: GenerationRequest | GenerationResult) -> None:
+        """Take the next request, or what became of it already.
+
+        :raises QueueFullError: unless it is to wait; to go on, submit the run again
+        """
+        if self._chunk and self._chunk[0][0] // self._chunk_size != index // self._chunk_size:
+            self._seal()
+        self._end = index + 1
+        if index not in self._done:
+            self._waiting += 1
+            if isinstance(item, GenerationRequest):
+                self._chunk.append((index, item))
+            else:
+                self._results.append(item)
+        if self._waiting >= ENQUEUE_AT_ONCE and (index + 1) % self._chunk_size == 0:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what has been taken, a last chunk that isn't full among it."""
+        self._seal()
+        calls, self._calls = self._calls, []
+        results, self._results = self._results, []
+        self._waiting = 0
+        await self._enqueue(calls)
+        await self._store.emit(self._run, results)
+        await self._store.set(self._run, submitted=self._end)
+        # in this order: either we see that the run is cancelled, or who cancels sees our requests
+        status = await self._store.status(self._run)
+        if status.cancelled:
+            await cancel_requests(self._store, status, await undone(self._store, status))
+
+    def _seal(self) -> None:
+        if self._chunk:
+            number = self._chunk[0][0] // self._chunk_size
+            job_id = chunk_job_id(self._run, number)
+            self._calls.append(self._template.call(job_id, self._run, self._chunk))
+            self._chunk = []
+
+    async def _enqueue(self, calls: Sequence[EnqueueCall]) -> None:
+        pause_s = FIRST_PAUSE_S
+        while calls:
+            returned = await self._store.enqueue(calls)
+            calls = [c for c, r in zip(calls, returned, strict=True) if r == QUEUE_FULL]
+            if not calls:
+                return
+            if not self._wait_when_full:
+                raise QueueFullError(
+                    f"queue {self._template.queue.name!r} holds its limit of "
+                    f"{self._store.settings.max_queue} jobs (BATCHMILL_MAX_QUEUE); submit run "
+                    f"{self._run!r} again later, what it has so far isn't made twice"
+                )
+            # spread out, so that producers that wait don't all come back at once
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)

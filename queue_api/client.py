@@ -1,0 +1,188 @@
+"""The asyncio client: prompts in, results out, through Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+from queue_api.errors import DuplicateRequestError, RunIncompleteError
+from queue_api.interactive import Interactive
+from queue_api.jobs import request_from_fields
+from queue_api.reader import ResultReader
+from queue_api.run_handle import Run
+from queue_api.runs import RunStatus, check_run_id, is_run_id
+from queue_api.schemas import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
+from queue_api.settings import QueueSettings
+from queue_api.store import RunStore
+from queue_api.submission import Requests, Submission, fingerprint
+
+__all__ = ["Client", "Run"]
+
+
+class Client:
+    """Generates text with whatever workers listen to the queue.
+
+        async with Client() as client:
+            result = await client.generate("The day after Monday is", max_tokens=8)
+            run = await client.submit({"prompt": text} for text in texts)
+            async for result in run.results():
+                ...
+
+    Without arguments it reads REDIS_URL and BATCHMILL_* from the environment. Results with
+    `finish_reason` `error` are returned, not raised: see GenerationResult.raise_for_error.
+    One client serves thousands of pending calls; use it from one event loop.
+
+    :raises RedisError: at the first use: nothing answers, wrong password, unfit server
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        queue: str | None = None,
+        settings: QueueSettings | None = None,
+        wait_when_full: bool = True,
+    ) -> None:
+        loaded = settings or QueueSettings.load()
+        given = {"redis_url": url, "queue": queue}
+        update = {name: value for name, value in given.items() if value is not None}
+        self.settings = loaded.model_copy(update=update)
+        self.wait_when_full = wait_when_full
+        """When the queue is at its limit: wait for room, or raise QueueFullError."""
+        self.store = RunStore(self.settings)
+        self.reader = ResultReader(self.store)
+        self._interactive = Interactive(self.store, self.reader, wait_when_full)
+
+    async def __aenter__(self) -> Client:
+        try:
+            await self.store.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of Redis. What was submitted goes on without us."""
+        await self._interactive.close()
+        await self.reader.close()
+        await self.store.close()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
+        id: str | None = None,  # noqa: A002 - it is the request's `id` everywhere
+        metadata: Mapping[str, Any] | None = None,
+        return_token_ids: bool = False,
+        timeout: float | None = None,  # noqa: ASYNC109 - it also withdraws the request
+        **sampling: Any,
+    ) -> GenerationResult:
+        """Continue one prompt; sampling fields (`max_tokens=…`) are SamplingParams'.
+
+        With an `id` of your own the call is idempotent: it is a run of one, named after the id,
+        and a second call joins the first, in whichever process, while its result is kept. When
+        the `timeout` (seconds) passes, or the call is cancelled, the request is too, unless it
+        has an id: then it goes on, and calling again gets its result.
+
+        :raises InvalidRequestError: unknown field, wrong type, out of range
+        :raises DuplicateRequestError: another prompt has this id
+        :raises TimeoutError: see above
+        """
+        fields: dict[str, Any] = {"id": id or uuid4().hex, **sampling}
+        if prompt is not None:
+            fields["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+        if messages is not None:
+            fields["messages"] = [
+                m.model_dump() if isinstance(m, ChatMessage) else dict(m) for m in messages
+            ]
+        if metadata:
+            fields["metadata"] = dict(metadata)
+        if return_token_ids:
+            fields["return_token_ids"] = True
+        request = request_from_fields(fields)
+        async with asyncio.timeout(timeout):
+            if id is None:
+                return await self._interactive.generate(request)
+            return await self._generate_once(request)
+
+    async def _generate_once(self, request: GenerationRequest) -> GenerationResult:
+        run_id = _run_of(request.id)
+        mark = fingerprint([request])
+        there = await self.store.open(
+            run_id, queue=self.settings.queue, chunk_size=1, fingerprint=mark
+        )
+        if there.get("fingerprint") != mark:
+            raise DuplicateRequestError(
+                f"id {request.id!r} belongs to another prompt or other sampling fields"
+            )
+        run = await self.submit([request], run_id)
+        async for result in run.results():
+            return result
+        raise RunIncompleteError(
+            f"the result of id {request.id!r} was taken off the stream of its run"
+        )
+
+    async def submit(
+        self,
+        requests: Requests,
+        run: str | None = None,
+        *,
+        queue: str | None = None,
+        chunk_size: int | None = None,
+        defaults: SamplingParams | None = None,
+    ) -> Run:
+        """Put many requests on the queue; they are GenerationRequests, mappings or prompts.
+
+        A request that is wrong, or has another's id, becomes an error result; the others go on.
+        Submitting the same requests as the same `run` again, after a crash say, makes nothing
+        twice. `defaults` apply to mappings and prompts. Memory: the ids of the run.
+
+        :raises InvalidRequestError: the run id belongs to other requests
+        :raises QueueFullError: the queue is full, for a client that doesn't wait
+        """
+        run_id = check_run_id(run if run is not None else uuid4().hex)
+        submission = Submission(
+            self.store,
+            run_id,
+            queue=queue or self.settings.queue,
+            chunk_size=chunk_size or self.settings.chunk_size,
+            defaults=defaults,
+            wait_when_full=self.wait_when_full,
+        )
+        await submission.run(requests)
+        return Run(run_id, self.store, self.reader, submission.ids)
+
+    def run(self, run_id: str) -> Run:
+        """A run submitted before, here or elsewhere; that it exists shows at the first use.
+
+        :raises InvalidRequestError: no run can have this id
+        """
+        return Run(check_run_id(run_id), self.store, self.reader)
+
+    async def status(self, run_id: str) -> RunStatus:
+        """:raises RunNotFoundError: no such run"""
+        return await self.run(run_id).status()
+
+    async def cancel(self, run_id: str, request_id: str | None = None) -> int:
+        """Cancel a run, or one request of it; see Run.cancel."""
+        return await self.run(run_id).cancel(request_id)
+
+
+def _run_of(request_id: str) -> str:
+    """The run of one that a request id of the caller's stands for."""
+    if is_run_id(request_id):
+        return request_id
+    return "id-" + hashlib.blake2b(request_id.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,149 @@
+"""A run as its producers and readers hold it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from queue_api.bitmap import Bitmap
+from queue_api.errors import InvalidRequestError, RunIncompleteError
+from queue_api.jobs import chunk_job_id
+from queue_api.reader import ResultReader
+from queue_api.reconcile import Reconciler, cancel_requests, request_ids, undone
+from queue_api.runs import RunStatus
+from queue_api.schemas import GenerationResult
+from queue_api.store import Entry, RunStore, parse_result
+
+__all__ = ["Run"]
+
+FIRST_WAIT_S = 0.05
+
+
+class Run:
+    """A run: its results, how far it is, and a way to end it."""
+
+    def __init__(
+        self,
+        run_id: str,
+        store: RunStore,
+        reader: ResultReader,
+        ids: Sequence[str] | None = None,
+    ) -> None:
+        self.id = run_id
+        self._store = store
+        self._reader = reader
+        self._ids = ids
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    async def results(self) -> AsyncGenerator[GenerationResult, None]:
+        """Every result once, in completion order, from the first on; ends with the run.
+
+        Requests whose jobs died without an answer end in an error result, so it doesn't wait for
+        ever; for requests on the queue it waits until there is a worker.
+
+        :raises RunNotFoundError: no such run, or it was deleted or expired
+        :raises RunIncompleteError: the producer fell silent without saying how many there are
+        """
+        seen = Bitmap()
+        async with aclosing(self._entries()) as entries:
+            async for _, index, raw in entries:
+                # a Redis that lost its last second may tell a result twice
+                if seen.add(index):
+                    yield parse_result(self.id, index, raw)
+
+    async def wait(self) -> RunStatus:
+        """Wait until the run is complete, without reading its results; raises as `results`."""
+        async with aclosing(self._entries()) as entries:
+            async for _ in entries:
+                pass
+        return await self._store.status(self.id)
+
+    async def status(self) -> RunStatus:
+        """How far it is, and in which states its unfinished jobs are.
+
+        :raises RunNotFoundError: no such run
+        """
+        status = await self._store.status(self.id)
+        if status.complete:
+            return status
+        indexes = await undone(self._store, status)
+        chunks = sorted({index // status.chunk_size for index in indexes})
+        rows = await self._store.job_fields((chunk_job_id(self.id, c) for c in chunks), "status")
+        states = Counter(state.decode() for (state,) in rows if state is not None)
+        return replace(status, jobs=dict(states))
+
+    async def cancel(self, request_id: str | None = None) -> int:
+        """End everything that has no result yet, or that one request, with a `cancelled` result.
+
+        The results are there at once. Queued jobs leave the queue; a worker notices within a
+        heartbeat that it computes for nobody, and stops. One request of a job that goes on may
+        be computed to its end: its text is then dropped. Returns how many were cancelled.
+
+        :raises RunNotFoundError: no such run
+        :raises InvalidRequestError: no such request in it that isn't done
+        """
+        if request_id is None:
+            await self._store.status(self.id)  # a mistyped id mustn't make a run
+            await self._store.set(self.id, cancelled=1)
+        status = await self._store.status(self.id)
+        indexes = await undone(self._store, status)
+        if request_id is not None:
+            indexes = [await self._index_of(request_id, status, indexes)]
+        return await cancel_requests(self._store, status, indexes)
+
+    async def _index_of(self, request_id: str, status: RunStatus, indexes: list[int]) -> int:
+        ids = self._ids
+        known = (lambda i: ids[i] if i < len(ids) else None) if ids else (lambda _: None)
+        for index, found in (await request_ids(self._store, status, indexes, known)).items():
+            if found == request_id:
+                return index
+        raise InvalidRequestError(f"run {self.id!r} has no unfinished request {request_id!r}")
+
+    async def _entries(self) -> AsyncGenerator[Entry, None]:
+        """The stream from its start to the end of the run, with sweeps while nothing comes."""
+        settings = self._store.settings
+        status = await self._store.status(self.id)
+        ids = self._ids
+        sweeper = Reconciler(
+            self._store, self.id, lambda i: ids[i] if ids and i < len(ids) else None
+        )
+        subscription = await self._reader.subscribe(self.id)
+        count, wait_s, silent_since, swept_at = 0, FIRST_WAIT_S, time.monotonic(), time.monotonic()
+        try:
+            while status.total is None or count < status.total:
+                entries = await subscription.take(wait_s)
+                for entry in entries:
+                    yield entry
+                count += len(entries)
+                now = time.monotonic()
+                if entries:
+                    wait_s, silent_since, swept_at = FIRST_WAIT_S, now, now
+                    continue
+                status = await self._store.status(self.id)
+                if status.complete:
+                    break
+                self._check_producer(status, now - silent_since)
+                if now - swept_at >= settings.reconcile_s:
+                    swept_at = now
+                    await sweeper.sweep()
+                wait_s = min(wait_s * 2, settings.reconcile_s)
+        finally:
+            subscription.close()
+        # complete, so the rest is in the stream; some of it may have been trimmed by its owner
+        while entries := await self._store.entries(self.id, subscription.last):
+            for entry in entries:
+                yield entry
+            subscription.last = entries[-1][0]
+
+    def _check_producer(self, status: RunStatus, silent_s: float) -> None:
+        waiting_for_producer = status.total is None and status.done >= status.submitted
+        if waiting_for_producer and silent_s > self._store.settings.producer_patience_s:
+            raise RunIncompleteError(
+                f"run {self.id!r}: its producer stopped after {status.submitted} requests, "
+                "without an end; submit it again to go on"
+            )

@@ -1,0 +1,227 @@
+"""Runs in Redis: every command that a client sends about them, except the reader's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import redis
+import redis.asyncio as aredis
+from pydantic import ValidationError
+
+from queue_api.bitmap import Bitmap
+from queue_api.connection import CONNECTION_LOST, check_server, connect, connect_async, friendly
+from queue_api.enqueue import EnqueueCall, JobTemplate
+from queue_api.errors import RunNotFoundError
+from queue_api.jobs import GenerateJob
+from queue_api.runs import UNKNOWN_TOTAL, RunKeys, RunStatus, check_run_id, emit_args
+from queue_api.schemas import ErrorDetail, GenerationResult, describe
+from queue_api.scripts import load_script
+from queue_api.settings import QueueSettings
+
+__all__ = ["Entry", "RunStore", "parse_result", "read_entry"]
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+Entry = tuple[str, int, bytes]
+"""(id in the stream, index in the run, result as JSON)"""
+
+# bounds the time that one script holds the server up
+EMIT_AT_ONCE = 250
+READ_AT_ONCE = 1000
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 3.0
+
+
+class RunStore:
+    """Talks to one Redis about runs. Every call may be repeated after a lost connection."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self.settings = settings
+        self.redis: aredis.Redis = connect_async(settings.redis_url, settings.max_connections)
+        self.rq_connection: redis.Redis = connect(settings.redis_url, max_connections=2)
+        """For RQ's own API, which isn't asyncio; used in threads."""
+        self._templates: dict[str, JobTemplate] = {}
+        self._enqueue = self.redis.register_script(load_script("enqueue"))
+        self._emit = self.redis.register_script(load_script("emit"))
+        self._reopen = self.redis.register_script(load_script("reopen"))
+        self._connected = False
+
+    async def connect(self) -> None:
+        """Check the server once; what is wrong with it is told before any work is.
+
+        :raises RedisError: see queue_api.connection.check_server
+        """
+        if self._connected:
+            return
+        try:
+            info = await asyncio.to_thread(check_server, self.rq_connection)
+        except (redis.RedisError, OSError) as error:
+            raise friendly(error, self.settings.redis_url) from None
+        for warning in info.warnings():
+            logger.warning("%s", warning)
+        self._connected = True
+
+    async def close(self) -> None:
+        await self.redis.aclose()
+        await self.redis.connection_pool.disconnect()
+        self.rq_connection.close()
+
+    def template(self, queue: str) -> JobTemplate:
+        """What makes the jobs of that queue."""
+        if queue not in self._templates:
+            self._templates[queue] = JobTemplate(self.rq_connection, queue, self.settings)
+        return self._templates[queue]
+
+    async def call(self, talk: Callable[[], Awaitable[_T]]) -> _T:
+        """Send commands that may be sent twice; go on trying while the connection is lost.
+
+        :raises RedisError: the server refuses, or doesn't come back within `reconnect_s`
+        """
+        await self.connect()
+        give_up_at = time.monotonic() + self.settings.reconnect_s
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await talk()
+            except redis.AuthenticationError as error:
+                raise friendly(error, self.settings.redis_url) from None
+            except CONNECTION_LOST as error:
+                if time.monotonic() + pause_s > give_up_at:
+                    raise friendly(error, self.settings.redis_url) from None
+                logger.warning("lost Redis (%s); trying again", error)
+            except redis.RedisError as error:
+                raise friendly(error, self.settings.redis_url) from None
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    async def open(self, run: str, **fields: str | int) -> dict[str, str]:
+        """Create the run with these fields, or leave what is there; returns what is there."""
+        key = RunKeys.of(check_run_id(run)).hash
+        fields = {"created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
+
+        async def talk() -> list[Any]:
+            pipe = self.redis.pipeline()
+            for name, value in fields.items():
+                pipe.hsetnx(key, name, str(value))
+            pipe.expire(key, self.settings.run_ttl_s)
+            pipe.hgetall(key)
+            return await pipe.execute()
+
+        raw = cast("dict[bytes, bytes]", (await self.call(talk))[-1])
+        return {name.decode(): value.decode() for name, value in raw.items()}
+
+    async def status(self, run: str) -> RunStatus:
+        """:raises RunNotFoundError: no such run"""
+        key = RunKeys.of(check_run_id(run)).hash
+        raw = await self.call(
+            lambda: cast("Awaitable[dict[bytes, bytes]]", self.redis.hgetall(key))
+        )
+        if b"queue" not in raw:
+            raise RunNotFoundError(
+                f"no run {run!r} here: never submitted to this Redis, or past its "
+                f"{self.settings.run_ttl_s} s time to live"
+            )
+        return RunStatus.from_hash(run, raw)
+
+    async def set(self, run: str, **fields: str | int) -> None:
+        """Write fields of the run's hash."""
+        key = RunKeys.of(run).hash
+        mapping = cast("Mapping[Any, Any]", fields)
+        await self.call(lambda: self.redis.hset(key, mapping=mapping))
+
+    async def done(self, run: str) -> Bitmap:
+        """The indexes that have a result."""
+        key = RunKeys.of(run).done
+        raw = await self.call(lambda: cast("Awaitable[bytes | None]", self.redis.get(key)))
+        return Bitmap(raw or b"")
+
+    async def enqueue(self, calls: Sequence[EnqueueCall]) -> list[int]:
+        """Enqueue jobs in one round trip; returns what enqueue.lua did for each."""
+
+        async def talk() -> list[int]:
+            pipe = self.redis.pipeline(transaction=False)
+            for call in calls:
+                await self._enqueue(keys=call.keys, args=call.args, client=pipe)
+            return await pipe.execute()
+
+        return await self.call(talk) if calls else []
+
+    async def emit(self, run: str, results: Sequence[GenerationResult]) -> int:
+        """Append results, at most one per request ever; returns how many were the first.
+
+        :raises RunNotFoundError: the run has been deleted or has expired
+        """
+        new = 0
+        for start in range(0, len(results), EMIT_AT_ONCE):
+            args = emit_args(results[start : start + EMIT_AT_ONCE], self.settings.run_ttl_s)
+            got = await self.call(lambda args=args: self._emit(RunKeys.of(run), args))  # type: ignore[misc]
+            if got < 0:
+                raise RunNotFoundError(f"run {run!r} is gone: deleted or past its time to live")
+            new += got
+        return new
+
+    async def entries(self, run: str, after: str = "0") -> list[Entry]:
+        """The results in the stream behind the entry `after`, a page of them, without waiting."""
+        key = RunKeys.of(run).results
+        raw = await self.call(
+            lambda: cast(
+                "Awaitable[list[Any]]",
+                self.redis.xrange(key, min=f"({after}", count=READ_AT_ONCE),
+            )
+        )
+        return [entry for item in raw if (entry := read_entry(item))]
+
+    async def trim(self, run: str, through: str) -> None:
+        """Forget the results up to and with the entry `through`: they are safe elsewhere."""
+        milliseconds, number = through.split("-")
+        minid = f"{milliseconds}-{int(number) + 1}"
+        key = RunKeys.of(run).results
+        await self.call(lambda: self.redis.xtrim(key, minid=minid, approximate=False))
+
+    async def reopen(self, run: str, indexes: Sequence[int]) -> None:
+        """Let these requests have a result again, because theirs was lost."""
+        keys = [RunKeys.of(run).hash, RunKeys.of(run).done]
+        await self.call(lambda: self._reopen(keys, list(indexes)))
+
+    async def delete(self, run: str) -> None:
+        """Forget a run. Results that still come for it are dropped."""
+        await self.call(lambda: self.redis.delete(*RunKeys.of(run)))
+
+    async def job_fields(self, job_ids: Iterable[str], *fields: str) -> list[list[bytes | None]]:
+        """These fields of the jobs' hashes; None where there is no such job or field."""
+        keys = [GenerateJob.key_for(job_id) for job_id in job_ids]
+        found: list[list[bytes | None]] = []
+        for start in range(0, len(keys), READ_AT_ONCE):
+            page = keys[start : start + READ_AT_ONCE]
+
+            async def talk(page: Sequence[Any] = page) -> list[list[bytes | None]]:
+                pipe = self.redis.pipeline(transaction=False)
+                for key in page:
+                    pipe.hmget(key, fields)
+                return await pipe.execute()
+
+            found += await self.call(talk)
+        return found
+
+
+def read_entry(item: tuple[bytes, Mapping[bytes, bytes]]) -> Entry | None:
+    """A stream entry as redis-py returns it; None if it isn't one of ours."""
+    entry_id, fields = item
+    try:
+        return entry_id.decode(), int(fields[b"index"]), fields[b"result"]
+    except (KeyError, ValueError):
+        logger.warning("skipped entry %r of a result stream: not a result", entry_id)
+        return None
+
+
+def parse_result(run: str, index: int, raw: bytes) -> GenerationResult:
+    """The result of an entry; an error result if it can't be read."""
+    try:
+        return GenerationResult.model_validate_json(raw)
+    except ValidationError as error:
+        detail = ErrorDetail(code="unreadable_result", message=describe(error))
+        return GenerationResult.failed(str(index), detail, run=run, index=index)

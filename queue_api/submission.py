@@ -1,0 +1,169 @@
+"""What producers hand in, made into numbered, checked requests of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+from queue_api.chunk_writer import ChunkWriter
+from queue_api.errors import DuplicateRequestError, InvalidRequestError, RequestError
+from queue_api.jobs import request_from_fields
+from queue_api.schemas import MAX_ID_CHARS, GenerationRequest, GenerationResult, SamplingParams
+from queue_api.store import RunStore
+
+__all__ = ["RequestLike", "Requests", "Submission", "as_request", "fingerprint", "request_id"]
+
+RequestLike = GenerationRequest | Mapping[str, Any] | str
+"""A request, its fields with the sampling fields flat among them, or just a prompt."""
+Requests = Iterable[RequestLike] | AsyncIterable[RequestLike]
+Item = GenerationRequest | GenerationResult
+
+HEAD = 32
+"""So many requests tell at once whether a run id is used again for something else."""
+
+
+def as_request(
+    given: object, index: int, defaults: SamplingParams | None = None
+) -> GenerationRequest:
+    """Check a request as producers write it; its id is its index unless it has one.
+
+    :raises InvalidRequestError: unknown field, wrong type, out of range
+    """
+    if isinstance(given, GenerationRequest):
+        return given
+    if isinstance(given, str):
+        given = {"prompt": given}
+    if not isinstance(given, Mapping):
+        raise InvalidRequestError(f"a request is an object or a text, not {given!r:.60}")
+    fields: dict[str, object] = {"id": str(index), **given}
+    if defaults is not None and "sampling" not in fields:
+        fields = {**defaults.model_dump(exclude_unset=True), **fields}
+    return request_from_fields(fields)
+
+
+def request_id(given: object, index: int) -> str:
+    """The id of a request that may be wrong in every way; its index if it has no good one."""
+    known = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+    return known if isinstance(known, str) and 0 < len(known) <= MAX_ID_CHARS else str(index)
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """Tells requests from others; the same for the same, in any process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(item.model_dump_json(exclude_defaults=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+class Submission:
+    """One act of submitting a run. Doing it again after a crash makes nothing twice."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        run: str,
+        *,
+        queue: str,
+        chunk_size: int,
+        defaults: SamplingParams | None,
+        wait_when_full: bool,
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._queue = queue
+        self._chunk_size = chunk_size
+        self._defaults = defaults
+        self._wait_when_full = wait_when_full
+        self.ids: list[str] = []
+        """By index."""
+        self._places: dict[str, int] = {}
+        self._content = hashlib.blake2b(digest_size=16)
+        self._writer: ChunkWriter | None = None
+        self._head: list[Item] = []
+        self._known_total: int | None = None
+
+    async def run(self, requests: Requests) -> None:
+        """Put them all on the queue.
+
+        :raises InvalidRequestError: the run id belongs to other requests
+        :raises QueueFullError: the queue is full and it isn't to wait
+        """
+        async for given in _each(requests):
+            item = self._check(given, len(self.ids))
+            self.ids.append(item.id)
+            self._content.update(item.model_dump_json(exclude_defaults=True).encode() + b"\n")
+            await self._take(item)
+        writer = self._writer or await self._open()
+        await writer.flush()
+        await self._close()
+
+    def _check(self, given: object, index: int) -> Item:
+        try:
+            request = as_request(given, index, self._defaults)
+            if (first := self._places.setdefault(request.id, index)) != index:
+                raise DuplicateRequestError(
+                    f"request {index} has the id {request.id!r} of request {first}; ids are "
+                    "unique within a run"
+                )
+            return request
+        except RequestError as error:
+            return GenerationResult.failed(
+                request_id(given, index), error, run=self._run, index=index
+            )
+
+    async def _take(self, item: Item) -> None:
+        index = len(self.ids) - 1
+        if self._known_total is not None and index >= self._known_total:
+            raise self._other_content()
+        if self._writer is not None:
+            await self._writer.put(index, item)
+            return
+        self._head.append(item)
+        if len(self._head) >= HEAD:
+            await self._open()
+
+    async def _open(self) -> ChunkWriter:
+        mark = fingerprint(self._head)
+        there = await self._store.open(
+            self._run, queue=self._queue, chunk_size=self._chunk_size, fingerprint=mark
+        )
+        if there.get("fingerprint") != mark:
+            raise self._other_content()
+        status = await self._store.status(self._run)
+        self._known_total = status.total
+        self._writer = ChunkWriter(
+            self._store,
+            self._run,
+            # those of the first submission: they decide in which job an index is
+            queue=status.queue,
+            chunk_size=status.chunk_size,
+            done=await self._store.done(self._run),
+            wait_when_full=self._wait_when_full,
+        )
+        for index, item in enumerate(self._head):
+            await self._writer.put(index, item)
+        self._head.clear()
+        return self._writer
+
+    async def _close(self) -> None:
+        there = await self._store.open(self._run, content=self._content.hexdigest())
+        if there["content"] != self._content.hexdigest():
+            raise self._other_content()
+        await self._store.set(self._run, total=len(self.ids))
+
+    def _other_content(self) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"run {self._run!r} was submitted before with other requests; choose another run id"
+        )
+
+
+async def _each(requests: Requests) -> AsyncIterator[RequestLike]:
+    if isinstance(requests, AsyncIterable):
+        async for given in requests:
+            yield given
+        return
+    if isinstance(requests, str | Mapping):
+        raise InvalidRequestError("submit takes several requests: put the one into a list")
+    for given in requests:
+        yield given
