@@ -1,0 +1,192 @@
+"""The engine in a thread of its own, so that asyncio never waits for torch.
+
+Commands (add, cancel) go in through a queue and are applied between two steps; what a step
+completed comes out in one call on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+from queue_api.errors import RequestError
+from queue_api.schemas import FinishReason, GenerationRequest
+
+__all__ = ["Completion", "Engine", "EngineLoop", "Refusal"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Completion(Protocol):
+    """How a request ended, as the engine tells it. Times are `time.perf_counter` seconds."""
+
+    key: str
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    error: BaseException | None
+    added_at: float | None
+    admitted_at: float | None
+    first_token_at: float | None
+    finished_at: float | None
+    stage_s: list[float]
+
+
+class Engine(Protocol):
+    """What a worker needs of an engine; `engine.engine.Engine` is the real one."""
+
+    model_name: str
+    model_revision: str | None
+
+    def add(
+        self,
+        key: str,
+        request: GenerationRequest,
+        *,
+        generated: Sequence[int] = (),
+        seed_key: str | None = None,
+    ) -> None: ...
+    def cancel(self, key: str) -> bool: ...
+    def step(self) -> Sequence[Completion]: ...
+    def has_unfinished(self) -> bool: ...
+    def progress(self) -> Mapping[str, Sequence[int]]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Refusal:
+    """The Completion of a request that the engine didn't take."""
+
+    key: str
+    error: BaseException | None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = FinishReason.ERROR
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    added_at: float | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = field(default_factory=time.perf_counter)
+    stage_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    key: str
+    request: GenerationRequest
+    generated: Sequence[int]
+    seed_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    key: str
+
+
+class _Stop:
+    pass
+
+
+class EngineLoop:
+    """Runs `engine` from `start` to `stop`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._commands: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(
+        self,
+        on_done: Callable[[Sequence[Completion]], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        """Start the thread; both callbacks run on the event loop that is running now.
+
+        After `on_crash` no request is worked on any more: the engine can't be trusted.
+        """
+        self._on_done = on_done
+        self._on_crash = on_crash
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def add(
+        self, key: str, request: GenerationRequest, *, seed_key: str, generated: Sequence[int] = ()
+    ) -> None:
+        self._commands.put(_Add(key, request, generated, seed_key))
+
+    def cancel(self, key: str) -> None:
+        """Drop a request; it isn't reported as done unless it was done before."""
+        self._commands.put(_Cancel(key))
+
+    async def stop(self) -> None:
+        """Let the step that is running end, then close the engine."""
+        self._commands.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            while self._apply_commands():
+                if self.engine.has_unfinished() and (done := self.engine.step()):
+                    self._report(self._on_done, done)
+        except BaseException as error:
+            logger.critical("engine failed: %s", error, exc_info=True)
+            self._report(self._on_crash, error)
+        finally:
+            self._close()
+
+    def _apply_commands(self) -> bool:
+        """Apply all that waits, or wait for something if the engine is idle; False to stop."""
+        refused: list[Completion] = []
+        wait = not self.engine.has_unfinished()
+        while True:
+            try:
+                command = self._commands.get(block=wait and not refused)
+            except Empty:
+                break
+            if isinstance(command, _Stop):
+                return False
+            if isinstance(command, _Cancel):
+                self.engine.cancel(command.key)
+            elif (refusal := self._add(command)) is not None:
+                refused.append(refusal)
+            wait = False
+        if refused:
+            self._report(self._on_done, refused)
+        return True
+
+    def _add(self, command: _Add) -> Refusal | None:
+        try:
+            self.engine.add(
+                command.key,
+                command.request,
+                generated=command.generated,
+                seed_key=command.seed_key,
+            )
+        except RequestError as error:
+            return Refusal(command.key, error)
+        return None
+
+    def _report(self, callback: Callable[[T], None], value: T) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, value)
+        except RuntimeError:  # the event loop is closed: the worker is gone already
+            logger.debug("nobody left to hear from the engine")
+
+    def _close(self) -> None:
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("engine didn't close cleanly")

@@ -1,0 +1,44 @@
+"""Which engine a worker runs. Torch is imported here and not before."""
+
+from __future__ import annotations
+
+from queue_api.errors import ConfigurationError, MissingExtraError
+from workers.engine_loop import Engine
+from workers.noop_engine import ECHO_PREFIX, EchoEngine
+from workers.settings import WorkerSettings
+
+__all__ = ["load_engine"]
+
+
+def load_engine(settings: WorkerSettings) -> Engine:
+    """Load the model of the settings.
+
+    :raises MissingExtraError: torch or transformers isn't installed
+    :raises ConfigurationError: no model named, or it can't be loaded
+    """
+    if not settings.model:
+        raise ConfigurationError("no model given; set --model or BATCHMILL_MODEL")
+    if settings.model.startswith(ECHO_PREFIX):
+        return EchoEngine.from_name(settings.model)
+    try:
+        from engine.config import EngineConfig
+        from engine.engine import Engine as TorchEngine
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in ("engine", "queue_api"):
+            raise
+        raise MissingExtraError(
+            f"a worker needs {error.name}; run: pip install 'batchmill[worker]'"
+        ) from None
+    config = EngineConfig(
+        model=settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        devices=tuple(settings.stages),
+        max_num_seqs=settings.max_num_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=settings.max_model_len,
+        num_threads=settings.num_threads,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    engine: Engine = TorchEngine.load(config)
+    return engine

@@ -1,0 +1,207 @@
+"""Jobs that a worker holds: taken, kept and given back on RQ's own keys, many at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import redis.asyncio as aredis
+from rq.defaults import RQ_KEY_PREFIX
+from rq.job import Job
+from rq.suspension import WORKERS_SUSPENDED
+from rq.utils import as_text, now, parse_composite_key, utcformat, utcparse
+
+from queue_api.jobs import BATCH_SIZE_FIELD
+from workers.scripts import ScriptCall, Scripts
+
+__all__ = ["Beat", "Claim", "Lease", "Leases"]
+
+MOST_JOBS_PER_CLAIM = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to run one job until the lease ends; an execution in RQ's words."""
+
+    job_id: str
+    execution_id: str
+    queue: str
+    fields: dict[str, bytes]
+    """The job's hash as it stood when claimed."""
+    claimed_at: float
+    """Epoch seconds."""
+
+    @property
+    def composite(self) -> str:
+        return f"{self.job_id}:{self.execution_id}"
+
+    @property
+    def size(self) -> int:
+        """How many requests it counts as. Jobs enqueued by stock RQ don't say: one."""
+        return max(1, self.number(BATCH_SIZE_FIELD, 1))
+
+    @property
+    def is_first(self) -> bool:
+        """True if nobody has worked on the job before."""
+        return self.number("claims", 1) <= 1
+
+    @property
+    def attempt(self) -> int:
+        """1 plus the retries spent and the workers that died; what was given back isn't one."""
+        return max(1, self.number("claims", 1) - self.number("released", 0))
+
+    @property
+    def enqueued_at(self) -> float:
+        """Epoch seconds; when claimed if the job doesn't say."""
+        try:
+            return utcparse(self.fields["enqueued_at"].decode()).timestamp()
+        except (KeyError, ValueError):
+            return self.claimed_at
+
+    def number(self, field: str, default: int) -> int:
+        """A field of the job's hash, which anyone may have written, as a number."""
+        try:
+            return int(self.fields[field])
+        except (KeyError, ValueError):
+            return default
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a try to get work brought."""
+
+    leases: list[Lease]
+    suspended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What the server said when leases were renewed."""
+
+    is_known: bool
+    """False if RQ had forgotten the worker, which has to register again."""
+    lost: dict[str, str]
+    """Execution ids no longer held, with the job's status now; empty if it was deleted."""
+
+
+class Leases:
+    """Claims, renews and ends executions for one worker."""
+
+    def __init__(
+        self,
+        connection: aredis.Redis,
+        scripts: Scripts,
+        *,
+        worker_name: str,
+        worker_key: str,
+        executions_key: str,
+        queues: Sequence[str],
+        lease_s: float,
+        worker_ttl_s: int,
+        result_ttl_s: int,
+    ) -> None:
+        self._connection = connection
+        self._scripts = scripts
+        self._worker_name = worker_name
+        self._worker_key = worker_key
+        self._executions_key = executions_key
+        self._queues = list(queues)
+        self._lease_s = int(lease_s)
+        self._worker_ttl_s = worker_ttl_s
+        self._result_ttl_s = result_ttl_s
+        self._queue_keys = [
+            key for name in queues for key in (f"{RQ_KEY_PREFIX}:queue:{name}", _registry_key(name))
+        ]
+
+    async def claim(self, want: int) -> Claim:
+        """Take jobs until they hold `want` requests or there are no more."""
+        execution_ids = uuid4().hex[:24]
+        keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *self._queue_keys]
+        args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
+        reply = await self._scripts.call(
+            ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, MOST_JOBS_PER_CLAIM])
+        )
+        claimed_at = time.time()
+        return Claim(
+            leases=[self._lease(entry, claimed_at) for entry in reply[1:]],
+            suspended=reply[0] == b"suspended",
+        )
+
+    def _lease(self, entry: list[Any], claimed_at: float) -> Lease:
+        job_id, execution_id, queue_number, flat = entry
+        fields = {
+            name.decode(errors="replace"): value
+            for name, value in zip(flat[::2], flat[1::2], strict=True)
+        }
+        queue = self._queues[queue_number]
+        return Lease(job_id.decode(), execution_id.decode(), queue, fields, claimed_at)
+
+    async def renew(self, leases: Iterable[Lease], state: str) -> Beat:
+        """Keep all of them for another lease; says which are lost."""
+        args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_ttl_s]
+        held = [
+            part for lease in leases for part in (lease.queue, lease.job_id, lease.execution_id)
+        ]
+        reply = await self._scripts.call(
+            (
+                "heartbeat",
+                [self._worker_key, self._executions_key],
+                [*args, RQ_KEY_PREFIX, state, *held],
+            )
+        )
+        lost = {
+            execution.decode(): status.decode()
+            for execution, status in zip(reply[1::2], reply[2::2], strict=True)
+        }
+        return Beat(is_known=bool(reply[0]), lost=lost)
+
+    async def release_unknown(self, known: Container[str]) -> None:
+        """Give back what the server holds for this worker but the worker doesn't know of.
+
+        :param known: execution ids
+        """
+        members = await self._connection.smembers(self._executions_key)
+        composites = [parse_composite_key(as_text(member)) for member in members]
+        calls = [
+            self.releasing(Lease(job_id, execution_id, queue, {}, 0.0))
+            for job_id, execution_id in composites
+            if execution_id not in known
+            for queue in self._queues  # the release changes something in the right one only
+        ]
+        if calls:
+            await self._scripts.call_many(calls)
+
+    def finishing(self, lease: Lease, return_value: bytes) -> ScriptCall:
+        """The call that ends a job with success; `return_value` is base64 of JSON."""
+        job_key = Job.key_for(lease.job_id)
+        keys = [
+            *_job_keys(lease),
+            self._worker_key,
+            self._executions_key,
+            f"{RQ_KEY_PREFIX}:results:{lease.job_id}",
+            f"{RQ_KEY_PREFIX}:finished:{lease.queue}",
+            f"{job_key}:dependents",
+        ]
+        args = [lease.job_id, lease.execution_id, utcformat(now()), self._worker_name]
+        return "finish", keys, [*args, return_value, lease.claimed_at, self._result_ttl_s]
+
+    def releasing(self, lease: Lease) -> ScriptCall:
+        """The call that gives a job back."""
+        keys = [*_job_keys(lease), self._executions_key, f"{RQ_KEY_PREFIX}:queue:{lease.queue}"]
+        return "release", keys, [lease.job_id, lease.execution_id]
+
+
+def _registry_key(queue: str) -> str:
+    return f"{RQ_KEY_PREFIX}:wip:{queue}"
+
+
+def _job_keys(lease: Lease) -> list[str]:
+    return [
+        Job.key_for(lease.job_id),
+        _registry_key(lease.queue),
+        f"{RQ_KEY_PREFIX}:execution:{lease.composite}",
+        f"{RQ_KEY_PREFIX}:executions:{lease.job_id}",
+    ]

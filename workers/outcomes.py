@@ -1,0 +1,81 @@
+"""From what the engine says about a request to the result that a client gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from queue_api.errors import RequestError
+from queue_api.schemas import (
+    ErrorDetail,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    JobTimings,
+)
+from workers.engine_loop import Completion
+
+__all__ = ["CANCELLED", "request_id", "result_of", "timings_of"]
+
+CANCELLED = ErrorDetail(code="cancelled", message="cancelled before it was finished")
+
+
+def result_of(
+    completion: Completion, request: GenerationRequest, enqueued_at: float, **about: object
+) -> GenerationResult:
+    """The result of one request, all but the time to write it.
+
+    :param enqueued_at: epoch seconds
+    :param about: run, index, model, model_revision, worker, attempt
+    """
+    error = None if completion.error is None else ErrorDetail.of(completion.error)
+    return GenerationResult.model_validate(
+        {
+            **about,
+            "id": request.id,
+            "text": completion.text,
+            "token_ids": list(completion.token_ids) if request.return_token_ids else None,
+            "finish_reason": FinishReason.ERROR if error else completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+            "error": error,
+            "timings": timings_of(completion, enqueued_at),
+            "metadata": request.metadata,
+        }
+    )
+
+
+def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
+    """Where the time went until the engine was done; what didn't happen takes no time.
+
+    :param enqueued_at: epoch seconds, of another host's clock: clamped, never negative
+    """
+    now_s, epoch_s = time.perf_counter(), time.time()
+    ended_at = completion.finished_at or now_s
+    admitted_at = completion.admitted_at or ended_at
+    first_at = completion.first_token_at or ended_at
+    queue_s = max(0.0, epoch_s - (now_s - admitted_at) - enqueued_at)
+    prefill_s = max(0.0, first_at - admitted_at)
+    decode_s = max(0.0, ended_at - first_at)
+    num_tokens = completion.completion_tokens
+    return JobTimings(
+        queue_s=queue_s,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        total_s=queue_s + prefill_s + decode_s,
+        time_to_first_token_s=queue_s + prefill_s if completion.first_token_at else None,
+        inter_token_s=decode_s / (num_tokens - 1) if num_tokens > 1 else None,
+        stage_s=completion.stage_s,
+    )
+
+
+def is_request_fault(completion: Completion) -> bool:
+    """True if trying again can't help: the request itself is wrong."""
+    return isinstance(completion.error, RequestError)
+
+
+def request_id(item: object, fallback: str) -> str:
+    """The id that a request which can't be parsed gives itself, if it does."""
+    if isinstance(item, Mapping) and isinstance(given := item.get("id"), str) and given:
+        return given[:256]
+    return fallback

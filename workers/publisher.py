@@ -1,0 +1,197 @@
+"""Writes what the engine completed: results first, then the jobs they belong to.
+
+Whatever piles up while one round trip is under way goes with the next, so an idle worker
+answers at once and a busy one writes hundreds at a time. When Redis is away all is kept and
+written later; both scripts may run twice without harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from queue_api.connection import CONNECTION_LOST
+from queue_api.runs import RunKeys, emit_args
+from queue_api.schemas import GenerationResult
+from workers.leases import Lease, Leases
+from workers.scripts import ScriptCall, Scripts
+
+__all__ = ["Publisher", "Unwritten"]
+
+logger = logging.getLogger(__name__)
+
+MOST_RESULTS_PER_FLUSH = 2000
+MOST_RESULTS_PER_CALL = 500
+RETRY_S = 0.5
+
+LOST, LEFT_TO_RQ = 0, 2
+
+PASSING = (*CONNECTION_LOST, OutOfMemoryError)
+"""Errors after which writing the same again may work."""
+
+
+@dataclass(slots=True)
+class Unwritten:
+    """A result on its way to its run."""
+
+    run: str
+    result: GenerationResult
+    ended_at: float
+    """`time.perf_counter` seconds."""
+
+    def stamped(self) -> GenerationResult:
+        """The result, with the time it waited to be written."""
+        return stamp(self.result, self.ended_at)
+
+
+def stamp(result: GenerationResult, ended_at: float) -> GenerationResult:
+    """Add the time since `ended_at` (`time.perf_counter` seconds) as publish_s."""
+    timings = result.timings
+    publish_s = max(0.0, time.perf_counter() - ended_at)
+    total_s = timings.queue_s + timings.prefill_s + timings.decode_s + publish_s
+    stamped = timings.model_copy(update={"publish_s": publish_s, "total_s": total_s})
+    return result.model_copy(update={"timings": stamped})
+
+
+@dataclass(slots=True)
+class _Ending:
+    lease: Lease
+    return_value: bytes | None
+    """None to give the job back."""
+
+
+class Publisher:
+    """Collects results and ended jobs; `run` writes them until cancelled.
+
+    :param on_left_to_rq: called with a job whose end has to go through RQ's own handler
+    :param on_ended: called with each job once it is finished, given back or found lost
+    """
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        leases: Leases,
+        run_ttl_s: int,
+        *,
+        on_left_to_rq: Callable[[Lease, bytes], None],
+        on_ended: Callable[[Lease], None],
+    ) -> None:
+        self._scripts = scripts
+        self._leases = leases
+        self._run_ttl_s = run_ttl_s
+        self._on_left_to_rq = on_left_to_rq
+        self._on_ended = on_ended
+        self._results: list[Unwritten] = []
+        self._endings: list[_Ending] = []
+        self._callbacks: list[Callable[[], None]] = []
+        self._dirty = asyncio.Event()
+        self._clean = asyncio.Event()
+        self._clean.set()
+
+    def add_result(self, unwritten: Unwritten) -> None:
+        self._results.append(unwritten)
+        self._touch()
+
+    def finish(self, lease: Lease, return_value: bytes) -> None:
+        """End a job with success, after the results given so far. `return_value` is JSON."""
+        self._endings.append(_Ending(lease, return_value))
+        self._touch()
+
+    def release(self, lease: Lease) -> None:
+        """Give a job back, after the results given so far."""
+        self._endings.append(_Ending(lease, None))
+        self._touch()
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call back once the results given so far are in Redis."""
+        self._callbacks.append(callback)
+        self._touch()
+
+    async def flushed(self) -> None:
+        """Wait until everything is written, however long Redis is away."""
+        await self._clean.wait()
+
+    def _touch(self) -> None:
+        self._clean.clear()
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            try:
+                await self._flush()
+            except PASSING as error:
+                logger.warning(
+                    "Redis takes no writes (%s); %d results and %d jobs wait to be written",
+                    error,
+                    len(self._results),
+                    len(self._endings),
+                )
+                self._dirty.set()
+                await asyncio.sleep(RETRY_S)
+            if self._results or self._endings or self._callbacks:
+                self._dirty.set()
+            else:
+                self._clean.set()
+
+    async def _flush(self) -> None:
+        endings, callbacks = self._endings[:], self._callbacks[:]
+        while self._results:
+            batch = self._results[:MOST_RESULTS_PER_FLUSH]
+            await self._write_results(batch)
+            del self._results[: len(batch)]
+        if endings:
+            await self._write_endings(endings)
+            del self._endings[: len(endings)]
+        for callback in callbacks:
+            callback()
+        del self._callbacks[: len(callbacks)]
+
+    async def _write_results(self, batch: list[Unwritten]) -> None:
+        calls: list[ScriptCall] = []
+        by_run = groupby(sorted(batch, key=lambda unwritten: unwritten.run), lambda one: one.run)
+        for run, group in by_run:
+            results = [unwritten.stamped() for unwritten in group]
+            for start in range(0, len(results), MOST_RESULTS_PER_CALL):
+                part = results[start : start + MOST_RESULTS_PER_CALL]
+                calls.append(("emit", RunKeys.of(run), emit_args(part, self._run_ttl_s)))
+        replies = await self._scripts.call_many(calls)
+        for (_, keys, _), reply in zip(calls, replies, strict=True):
+            if isinstance(reply, PASSING):
+                raise reply
+            if isinstance(reply, ResponseError):
+                # such as WRONGTYPE: somebody else wrote to the run's keys; nobody can read them
+                logger.error("results of %s can't be written: %s", keys[0], reply)
+            elif isinstance(reply, Exception):
+                raise reply
+
+    async def _write_endings(self, endings: list[_Ending]) -> None:
+        calls = [
+            self._leases.releasing(ending.lease)
+            if ending.return_value is None
+            else self._leases.finishing(ending.lease, b64encode(ending.return_value))
+            for ending in endings
+        ]
+        replies = await self._scripts.call_many(calls)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        for ending, reply in zip(endings, replies, strict=True):
+            self._settle(ending, reply)
+
+    def _settle(self, ending: _Ending, reply: int) -> None:
+        if reply == LEFT_TO_RQ and ending.return_value is not None:
+            self._on_left_to_rq(ending.lease, ending.return_value)
+            return
+        if reply == LOST:
+            logger.warning("job %s ended here, but its lease was lost", ending.lease.job_id)
+        self._on_ended(ending.lease)

@@ -1,0 +1,350 @@
+"""What a worker does with its jobs: claim, feed the engine, publish, give back.
+
+One asyncio task claims and one renews leases; everything else happens in callbacks. A job is
+held from its claim until Redis has confirmed its end, and its lease is renewed all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import redis.asyncio as aredis
+
+from queue_api.connection import CONNECTION_LOST
+from queue_api.errors import InvalidRequestError
+from queue_api.jobs import JobPayloadError, decode_chunk, parse_item
+from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
+from workers.doorbell import Doorbell
+from workers.engine_loop import Completion, EngineLoop
+from workers.leases import Lease, Leases
+from workers.outcomes import CANCELLED, request_id, result_of
+from workers.publisher import Publisher, Unwritten, stamp
+from workers.run_lookup import RunLookup, cancelled_runs, look_up
+
+__all__ = ["ActiveJob", "ActiveRequest", "Runner", "patiently"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SUSPENDED_S = 0.5
+"""How often to look whether a suspension has ended."""
+OUTAGE_S = 1.0
+CANCELED, DELETED = "canceled", ""
+"""Status, as RQ writes it, of a job that nobody wants any more."""
+
+
+async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try until Redis answers, however long it is away; `attempt` must bear being repeated."""
+    while True:
+        try:
+            return await attempt()
+        except CONNECTION_LOST as error:
+            logger.warning("Redis is away (%s); the model stays loaded", error)
+            await asyncio.sleep(OUTAGE_S)
+
+
+@dataclass(eq=False, slots=True)
+class ActiveRequest:
+    """One request of a claimed job."""
+
+    job: ActiveJob
+    index: int
+    item: object
+    """As it stood in the job."""
+    request: GenerationRequest | None = None
+    """None if it can't be read."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the engine."""
+        return f"{self.job.lease.execution_id}:{self.index}"
+
+    @property
+    def id(self) -> str:
+        if self.request is not None:
+            return self.request.id
+        return request_id(self.item, f"{self.job.lease.job_id}-{self.index}")
+
+
+@dataclass(eq=False, slots=True)
+class ActiveJob:
+    """One claimed job; it ends when `left` is empty."""
+
+    lease: Lease
+    enqueued_at: float
+    """Epoch seconds."""
+    run: str | None = None
+    left: dict[int, ActiveRequest] = field(default_factory=dict)
+    """By index, what has no result yet."""
+    size: int = 0
+    results: list[GenerationResult] = field(default_factory=list)
+    """Of a job without a run: they become its return value."""
+    is_ending: bool = False
+    """Its end is on its way to Redis."""
+
+
+class Runner:
+    """Joins leases, engine and publisher.
+
+    :param fail: ends a job through RQ's own handler, with the reason in words
+    """
+
+    def __init__(
+        self,
+        connection: aredis.Redis,
+        leases: Leases,
+        publisher: Publisher,
+        engine: EngineLoop,
+        *,
+        worker_name: str,
+        capacity: int,
+        fail: Callable[[ActiveJob, str], None],
+    ) -> None:
+        self._connection = connection
+        self._leases = leases
+        self._publisher = publisher
+        self._engine = engine
+        self._worker_name = worker_name
+        self._capacity = capacity
+        self._fail = fail
+        self.active: dict[str, ActiveJob] = {}
+        """By execution id."""
+        self.is_suspended = False
+        self.idle = asyncio.Event()
+        """Set while no job is held."""
+        self.idle.set()
+        self._requests: dict[str, ActiveRequest] = {}
+        self._freed = asyncio.Event()
+        self._may_hold_unknown = False
+        self._is_closing = False
+
+    # --- claim ------------------------------------------------------------------------------
+
+    async def claim_forever(self, doorbell: Doorbell) -> None:
+        """Keep the engine supplied until told to stop."""
+        while not self._is_closing:
+            try:
+                await self._claim_once(doorbell)
+            except CONNECTION_LOST as error:
+                logger.warning("Redis is away (%s); the model stays loaded", error)
+                # the claim may have been carried out although its answer got lost
+                self._may_hold_unknown = True
+                await asyncio.sleep(OUTAGE_S)
+
+    def stop_claiming(self) -> None:
+        """Let `claim_forever` return once it has started what it has."""
+        self._is_closing = True
+        self._freed.set()
+
+    async def _claim_once(self, doorbell: Doorbell) -> None:
+        if self._may_hold_unknown:
+            await self._leases.release_unknown(self.active)
+            self._may_hold_unknown = False
+        want = self._capacity - len(self._requests)
+        if want <= 0:
+            self._freed.clear()
+            await self._freed.wait()
+            return
+        claim = await self._leases.claim(want)
+        self.is_suspended = claim.suspended
+        if claim.leases:
+            await self._take(claim.leases)
+        elif claim.suspended:
+            await asyncio.sleep(SUSPENDED_S)
+        else:
+            await doorbell.wait()
+
+    async def _take(self, leases: Sequence[Lease]) -> None:
+        """Hold these jobs, leave out what has a result already, and start the rest."""
+        jobs = [ActiveJob(lease, lease.enqueued_at) for lease in leases]
+        self.active |= {job.lease.execution_id: job for job in jobs}
+        self.idle.clear()
+        readable = [job for job in jobs if self._read(job)]
+        runs = sorted({job.run for job in readable if job.run is not None})
+        ran_before: dict[str, list[int]] = {}
+        for job in readable:
+            if job.run is not None and not job.lease.is_first:
+                ran_before.setdefault(job.run, []).extend(job.left)
+        found = RunLookup(frozenset(), {})
+        if runs:
+            found = await patiently(lambda: look_up(self._connection, runs, ran_before))
+        for job in readable:
+            if job.lease.execution_id not in self.active:
+                continue  # lost while Redis was away
+            for index in found.done.get(job.run or "", ()):
+                job.left.pop(index, None)
+            if job.run in found.cancelled:
+                self._cancel_requests(job)
+            self._start(job)
+
+    def _read(self, job: ActiveJob) -> bool:
+        lease = job.lease
+        try:
+            chunk = decode_chunk(lease.job_id, lease.fields.get("data", b""))
+        except JobPayloadError as error:
+            self.fail(job, str(error))
+            return False
+        except InvalidRequestError as error:
+            chunk = None
+            refused = ActiveRequest(job, 0, {"id": lease.job_id})
+            job.left[0] = refused
+            self._end_with_error(refused, ErrorDetail.of(error))
+        if chunk is not None:
+            job.run = chunk.run
+            job.left = {index: ActiveRequest(job, index, item) for index, item in chunk.items}
+        job.size = len(job.left)
+        return True
+
+    def _start(self, job: ActiveJob) -> None:
+        for active in list(job.left.values()):
+            try:
+                active.request = parse_item(active.item)
+            except InvalidRequestError as error:
+                self._end_with_error(active, ErrorDetail.of(error))
+                continue
+            active.item = None
+            self._requests[active.key] = active
+            seed_key = f"{job.run or job.lease.job_id}/{active.id}"
+            self._engine.add(active.key, active.request, seed_key=seed_key)
+        self._finish_if_done(job)
+
+    # --- complete ---------------------------------------------------------------------------
+
+    def on_done(self, completions: Sequence[Completion]) -> None:
+        """Take what the engine completed to the publisher."""
+        for completion in completions:
+            active = self._requests.pop(completion.key, None)
+            if active is None or active.request is None:
+                continue  # cancelled or lost meanwhile
+            job = active.job
+            result = result_of(completion, active.request, job.enqueued_at, **self._about(active))
+            self._end(active, result, completion.finished_at or time.perf_counter())
+            self._finish_if_done(job)
+        self._freed.set()
+
+    def _about(self, active: ActiveRequest) -> dict[str, Any]:
+        return {
+            "run": active.job.run,
+            "index": active.index,
+            "model": self._engine.engine.model_name,
+            "model_revision": self._engine.engine.model_revision,
+            "worker": self._worker_name,
+            "attempt": active.job.lease.attempt,
+        }
+
+    def _end_with_error(
+        self, active: ActiveRequest, error: ErrorDetail, *, cancelled: bool = False
+    ) -> None:
+        reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
+        result = GenerationResult(
+            id=active.id,
+            finish_reason=reason,
+            error=error,
+            metadata=active.request.metadata if active.request else {},
+            **self._about(active),
+        )
+        self._end(active, result, time.perf_counter())
+
+    def _end(self, active: ActiveRequest, result: GenerationResult, ended_at: float) -> None:
+        job = active.job
+        job.left.pop(active.index, None)
+        if job.run is None:
+            job.results.append(stamp(result, ended_at))
+        else:
+            self._publisher.add_result(Unwritten(job.run, result, ended_at))
+
+    def _finish_if_done(self, job: ActiveJob) -> None:
+        if job.left or job.is_ending:
+            return
+        job.is_ending = True
+        self._publisher.finish(job.lease, json.dumps(_return_value(job)).encode())
+
+    def ended(self, lease: Lease) -> None:
+        """Let go of a job whose end is in Redis."""
+        self.active.pop(lease.execution_id, None)
+        if not self.active:
+            self.idle.set()
+
+    # --- end early --------------------------------------------------------------------------
+
+    def fail(self, job: ActiveJob, reason: str) -> None:
+        """End a job as failed; RQ's handler decides about retries."""
+        logger.warning("job %s failed: %s", job.lease.job_id, reason)
+        job.is_ending = True
+        self._withdraw(job)
+        self._fail(job, reason)
+
+    def cancel(self, job: ActiveJob) -> None:
+        """End what is left of a job with `cancelled` results."""
+        self._withdraw(job)
+        self._cancel_requests(job)
+        self._finish_if_done(job)
+
+    def stop(self, job: ActiveJob) -> bool:
+        """End a job with `cancelled` results, but leave its end in RQ to the caller."""
+        if job.is_ending:
+            return False
+        job.is_ending = True
+        self._withdraw(job)
+        self._cancel_requests(job)
+        return True
+
+    def release(self, job: ActiveJob) -> None:
+        """Give a job back to its queue; what it has results for isn't done again."""
+        if not job.is_ending:
+            job.is_ending = True
+            self._withdraw(job)
+            self._publisher.release(job.lease)
+
+    def lose(self, execution_id: str, status: str) -> None:
+        """Stop working on a job whose lease is gone."""
+        job = self.active.get(execution_id)
+        if job is None or job.is_ending:
+            return
+        logger.warning("job %s isn't ours any more: %s", job.lease.job_id, status or "deleted")
+        job.is_ending = True
+        self._withdraw(job)
+        if status in (CANCELED, DELETED):
+            self._cancel_requests(job)
+        self.ended(job.lease)
+
+    def _withdraw(self, job: ActiveJob) -> None:
+        for active in job.left.values():
+            if self._requests.pop(active.key, None) is not None:
+                self._engine.cancel(active.key)
+        self._freed.set()
+
+    def _cancel_requests(self, job: ActiveJob) -> None:
+        for active in list(job.left.values()):
+            self._end_with_error(active, CANCELLED, cancelled=True)
+
+    # --- keep -------------------------------------------------------------------------------
+
+    async def beat(self) -> bool:
+        """Renew all leases and act on what changed; False if RQ has forgotten the worker."""
+        state = "suspended" if self.is_suspended else "busy" if self.active else "idle"
+        held = [job.lease for job in self.active.values()]
+        beat = await self._leases.renew(held, state)
+        for execution_id, status in beat.lost.items():
+            self.lose(execution_id, status)
+        runs = {job.run for job in self.active.values() if job.run is not None}
+        cancelled = await cancelled_runs(self._connection, sorted(runs))
+        for job in [job for job in self.active.values() if job.run in cancelled]:
+            if not job.is_ending:
+                self.cancel(job)
+        return beat.is_known
+
+
+def _return_value(job: ActiveJob) -> object:
+    """What RQ shows as the job's return value: the result itself where there is no run."""
+    if job.run is not None:
+        return {"run": job.run, "requests": job.size}
+    values = [result.model_dump(mode="json") for result in job.results]
+    return values[0] if len(values) == 1 else values

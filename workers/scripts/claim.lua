@@ -1,0 +1,57 @@
+-- Take jobs off the queues, in order of priority, until `want` requests are taken, and write
+-- each as RQ would when a worker starts it: job started, execution, registry entry with a lease.
+-- All in one call, so a worker that dies has either taken a job wholly or not at all.
+--
+-- A job's hash gets one field of our own: `claims`, how often it was taken.
+--
+-- KEYS  1 worker hash  2 the worker's set of executions  3 RQ's suspension flag
+--       4… (queue list, StartedJobRegistry) per queue, best first
+-- ARGV  1 time for people (ISO)  2 lease (seconds)  3 worker name  4 want (requests)
+--       5 RQ's key prefix  6 the first 24 hex digits of the new execution ids
+--       7 most jobs in one call: bounds how long the server is held up
+-- Returns {state, {job id, execution id, number of its queue, job hash}…}; state is 'ok' or
+-- 'suspended'; queues are numbered from 0.
+if redis.call('EXISTS', KEYS[3]) == 1 then
+  return {'suspended'}
+end
+local iso, lease, name, want, prefix = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local most = tonumber(ARGV[7])
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+local stamp = string.format('%.6f', now)
+local reply = {'ok'}
+for k = 4, #KEYS, 2 do
+  while want > 0 and #reply <= most do
+    local id = redis.call('LPOP', KEYS[k])
+    if not id then
+      break
+    end
+    local job = prefix .. ':job:' .. id
+    local known = redis.call('HMGET', job, 'status', 'batch_size')
+    -- What was cancelled, deleted or pushed twice since is dropped here, as RQ drops it. So is an
+    -- id that RQ wouldn't make: a colon in it would be taken for an execution's.
+    if known[1] == 'queued' and string.find(id, '^[%w_-]+$') then
+      local execution = ARGV[6] .. string.format('%08x', #reply)
+      local composite = id .. ':' .. execution
+      local executions = prefix .. ':executions:' .. id
+      redis.call('HSET', job, 'status', 'started', 'started_at', iso, 'last_heartbeat', iso,
+        'worker_name', name)
+      redis.call('HINCRBY', job, 'claims', 1)
+      redis.call('PERSIST', job)
+      redis.call('HSET', prefix .. ':execution:' .. composite, 'id', execution, 'job_id', id,
+        'created_at', stamp, 'last_heartbeat', stamp, 'worker_name', name)
+      redis.call('EXPIRE', prefix .. ':execution:' .. composite, lease + 60)
+      redis.call('ZADD', executions, now + lease + 60, execution)
+      redis.call('EXPIRE', executions, lease + 60)
+      redis.call('ZADD', KEYS[k + 1], now + lease, composite)
+      redis.call('SADD', KEYS[2], composite)
+      want = want - math.max(1, tonumber(known[2]) or 1)
+      reply[#reply + 1] = {id, execution, (k - 4) / 2, redis.call('HGETALL', job)}
+    end
+  end
+end
+if #reply > 1 then
+  redis.call('EXPIRE', KEYS[2], lease + 60)
+  redis.call('HSET', KEYS[1], 'state', 'busy')
+end
+return reply

@@ -1,0 +1,47 @@
+-- End a job as RQ does when it succeeded: status, result, registries, counters, times to live.
+-- Fenced by the lease: whoever lost it changes nothing.
+--
+-- KEYS  1 job hash  2 StartedJobRegistry  3 execution hash  4 the job's executions
+--       5 worker hash  6 the worker's set of executions  7 the job's results
+--       8 FinishedJobRegistry  9 the job's dependents
+-- ARGV  1 job id  2 execution id  3 time for people (ISO)  4 worker name
+--       5 return value (base64 of JSON)  6 start (epoch seconds)  7 default result_ttl (seconds)
+-- Returns 1 finished, 0 lease lost, 2 left alone: RQ's own handler has to do it, because jobs
+-- depend on each other, it repeats, or it holds a slot of a rate limit or a place in a group.
+local id, execution, iso = ARGV[1], ARGV[2], ARGV[3]
+local composite = id .. ':' .. execution
+if not redis.call('ZSCORE', KEYS[2], composite) then
+  return 0
+end
+local known = redis.call('HMGET', KEYS[1], 'result_ttl', 'repeats_left', 'rate_limit_key',
+  'dependency_ids', 'group_id')
+local ttl = tonumber(known[1] or '') or tonumber(ARGV[7])
+if redis.call('EXISTS', KEYS[9]) == 1 or (tonumber(known[2] or '') or 0) > 0
+  or (known[3] or '') ~= '' or (known[4] or '') ~= '' or (ttl == 0 and (known[5] or '') ~= '') then
+  return 2
+end
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+redis.call('ZREM', KEYS[2], composite)
+redis.call('DEL', KEYS[3])
+redis.call('ZREM', KEYS[4], execution)
+redis.call('SREM', KEYS[6], composite)
+redis.call('HINCRBY', KEYS[5], 'successful_job_count', 1)
+redis.call('HINCRBYFLOAT', KEYS[5], 'total_working_time', string.format('%.6f', math.max(0, now - ARGV[6])))
+if ttl == 0 then
+  redis.call('DEL', KEYS[1], KEYS[7])
+  return 1
+end
+redis.call('HSET', KEYS[1], 'status', 'finished', 'ended_at', iso, 'last_heartbeat', iso)
+redis.call('XADD', KEYS[7], 'MAXLEN', '~', 10, '*', 'type', 1, 'worker_name', ARGV[4],
+  'return_value', ARGV[5], 'execution_id', execution, 'execution_started_at', ARGV[6],
+  'execution_ended_at', string.format('%.6f', now))
+if ttl > 0 then
+  redis.call('EXPIRE', KEYS[1], ttl)
+  redis.call('EXPIRE', KEYS[7], ttl)
+  redis.call('ZADD', KEYS[8], math.floor(now) + ttl, id)
+else
+  redis.call('PERSIST', KEYS[7])
+  redis.call('ZADD', KEYS[8], '+inf', id)
+end
+return 1

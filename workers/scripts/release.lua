@@ -1,0 +1,18 @@
+-- Give a job back to the front of its queue: nobody's fault, so no retry is spent.
+-- Fenced by the lease. A job's hash gets one field of our own: `released`, how often that was.
+--
+-- KEYS  1 job hash  2 StartedJobRegistry  3 execution hash  4 the job's executions
+--       5 the worker's set of executions  6 queue list
+-- ARGV  1 job id  2 execution id
+-- Returns 1 given back, 0 lease lost.
+local composite = ARGV[1] .. ':' .. ARGV[2]
+if redis.call('ZREM', KEYS[2], composite) == 0 then
+  return 0
+end
+redis.call('DEL', KEYS[3])
+redis.call('ZREM', KEYS[4], ARGV[2])
+redis.call('SREM', KEYS[5], composite)
+redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '')
+redis.call('HINCRBY', KEYS[1], 'released', 1)
+redis.call('LPUSH', KEYS[6], ARGV[1])
+return 1

@@ -1,0 +1,69 @@
+"""What a worker can be told, by flag or environment; the flag wins."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from queue_api.runs import DEFAULT_RUN_TTL_S
+from queue_api.settings import DEFAULT_QUEUE, DEFAULT_REDIS_URL
+
+__all__ = ["WorkerSettings"]
+
+
+def _split(value: object) -> object:
+    """Let `a,b` stand for a list, as environment variables have it."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class WorkerSettings(BaseSettings):
+    """Environment variables are the names in upper case after `BATCHMILL_`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BATCHMILL_", populate_by_name=True, extra="ignore", frozen=True
+    )
+
+    redis_url: str = Field(
+        default=DEFAULT_REDIS_URL,
+        validation_alias=AliasChoices("redis_url", "BATCHMILL_REDIS_URL", "REDIS_URL"),
+    )
+    queues: Annotated[list[str], NoDecode] = Field(default=[DEFAULT_QUEUE], min_length=1)
+    """Names of RQ queues, the one to serve first in front."""
+    name: str | None = None
+    """The worker's name in RQ; unique among live workers. Host and pid when unset."""
+
+    model: str = ""
+    """A local folder or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    stages: Annotated[list[str], NoDecode] = Field(default=["cpu"], min_length=1)
+    """One device per stage, in order, such as cuda:0,cuda:1."""
+    dtype: str = "auto"
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Requests that generate at the same time."""
+    max_batch_tokens: int = Field(default=512, ge=1)
+    """Tokens in one forward."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Prompt and new tokens together; the model's own limit when unset."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the engine."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    capacity: int | None = Field(default=None, ge=1)
+    """Requests to hold, generating or next in line; twice max_num_seqs when unset."""
+    lease_s: float = Field(default=30.0, ge=1.0)
+    """A dead worker's jobs are taken over between one and two of these after its death."""
+    drain_grace_s: float = Field(default=20.0, ge=0.0)
+    """On SIGTERM, how long running requests may go on before they are given back."""
+    run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
+    """How long a run stays in Redis after its last result."""
+
+    split_queues = field_validator("queues", "stages", mode="before")(_split)
+
+    @property
+    def requests_held(self) -> int:
+        """The capacity in force."""
+        return self.capacity or 2 * self.max_num_seqs
