@@ -9,7 +9,7 @@ import redis.asyncio as aredis
 
 from queue_api.runs import RunKeys
 
-__all__ = ["RunLookup", "cancelled_runs", "look_up"]
+__all__ = ["RunLookup", "look_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ async def look_up(
 
     :param indexes: by run, the requests that may have been answered before
     """
+    if not runs:
+        return RunLookup(frozenset(), {})
     pipeline = connection.pipeline(transaction=False)
     for run in runs:
         pipeline.hget(RunKeys.of(run).hash, "cancelled")
@@ -45,8 +47,3 @@ async def look_up(
     return RunLookup(
         frozenset(run for run, flag in zip(runs, flags, strict=True) if flag == b"1"), done
     )
-
-
-async def cancelled_runs(connection: aredis.Redis, runs: Collection[str]) -> frozenset[str]:
-    """Those of the runs that a client has cancelled."""
-    return (await look_up(connection, runs, {})).cancelled if runs else frozenset()

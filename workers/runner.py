@@ -25,7 +25,7 @@ from workers.engine_loop import Completion, EngineLoop
 from workers.leases import Lease, Leases
 from workers.outcomes import CANCELLED, request_id, result_of
 from workers.publisher import Publisher, Unwritten, stamp
-from workers.run_lookup import RunLookup, cancelled_runs, look_up
+from workers.run_lookup import look_up
 
 __all__ = ["ActiveJob", "ActiveRequest", "Runner", "patiently"]
 
@@ -172,9 +172,7 @@ class Runner:
         for job in readable:
             if job.run is not None and not job.lease.is_first:
                 ran_before.setdefault(job.run, []).extend(job.left)
-        found = RunLookup(frozenset(), {})
-        if runs:
-            found = await patiently(lambda: look_up(self._connection, runs, ran_before))
+        found = await patiently(lambda: look_up(self._connection, runs, ran_before))
         for job in readable:
             if job.lease.execution_id not in self.active:
                 continue  # lost while Redis was away
@@ -278,12 +276,12 @@ class Runner:
         """End a job as failed; RQ's handler decides about retries."""
         logger.warning("job %s failed: %s", job.lease.job_id, reason)
         job.is_ending = True
-        self._withdraw(job)
+        self._withdraw_all(job)
         self._fail(job, reason)
 
     def cancel(self, job: ActiveJob) -> None:
         """End what is left of a job with `cancelled` results."""
-        self._withdraw(job)
+        self._withdraw_all(job)
         self._cancel_requests(job)
         self._finish_if_done(job)
 
@@ -292,7 +290,7 @@ class Runner:
         if job.is_ending:
             return False
         job.is_ending = True
-        self._withdraw(job)
+        self._withdraw_all(job)
         self._cancel_requests(job)
         return True
 
@@ -300,7 +298,7 @@ class Runner:
         """Give a job back to its queue; what it has results for isn't done again."""
         if not job.is_ending:
             job.is_ending = True
-            self._withdraw(job)
+            self._withdraw_all(job)
             self._publisher.release(job.lease)
 
     def lose(self, execution_id: str, status: str) -> None:
@@ -310,16 +308,19 @@ class Runner:
             return
         logger.warning("job %s isn't ours any more: %s", job.lease.job_id, status or "deleted")
         job.is_ending = True
-        self._withdraw(job)
+        self._withdraw_all(job)
         if status in (CANCELED, DELETED):
             self._cancel_requests(job)
         self.ended(job.lease)
 
-    def _withdraw(self, job: ActiveJob) -> None:
+    def _withdraw_all(self, job: ActiveJob) -> None:
         for active in job.left.values():
-            if self._requests.pop(active.key, None) is not None:
-                self._engine.cancel(active.key)
-        self._freed.set()
+            self._withdraw(active)
+
+    def _withdraw(self, active: ActiveRequest) -> None:
+        if self._requests.pop(active.key, None) is not None:
+            self._engine.cancel(active.key)
+            self._freed.set()
 
     def _cancel_requests(self, job: ActiveJob) -> None:
         for active in list(job.left.values()):
@@ -334,12 +335,26 @@ class Runner:
         beat = await self._leases.renew(held, state)
         for execution_id, status in beat.lost.items():
             self.lose(execution_id, status)
-        runs = {job.run for job in self.active.values() if job.run is not None}
-        cancelled = await cancelled_runs(self._connection, sorted(runs))
-        for job in [job for job in self.active.values() if job.run in cancelled]:
-            if not job.is_ending:
-                self.cancel(job)
+        await self._drop_unwanted()
         return beat.is_known
+
+    async def _drop_unwanted(self) -> None:
+        """Stop what a client has cancelled: whole runs, and requests answered in our stead."""
+        left: dict[str, list[int]] = {}
+        for job in self.active.values():
+            if job.run is not None and not job.is_ending:
+                left.setdefault(job.run, []).extend(job.left)
+        found = await look_up(self._connection, list(left), left)
+        for job in list(self.active.values()):
+            if job.is_ending or job.run is None:
+                continue
+            done = found.done.get(job.run, frozenset())
+            for active in [job.left[index] for index in done & job.left.keys()]:
+                self._withdraw(active)
+                del job.left[active.index]
+            if job.run in found.cancelled:
+                self.cancel(job)
+            self._finish_if_done(job)
 
 
 def _return_value(job: ActiveJob) -> object:

@@ -201,7 +201,8 @@ class BatchWorker(BaseWorker):
             timeout=self._settings.drain_grace_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
-        for job in list(self._runner.active.values()):
+        # each goes to the front of its queue, so the last first keeps their order
+        for job in reversed(list(self._runner.active.values())):
             self._runner.release(job)
         settled = [idle, asyncio.create_task(self._publisher.flushed())]
         _, late = await asyncio.wait(settled, timeout=GOODBYE_S)

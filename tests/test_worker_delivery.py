@@ -1,0 +1,168 @@
+"""Every request ends with exactly one result, whoever dies when."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from rq import Queue
+from rq.job import Job
+from worker_kit import QUEUE, completed, num_done, status, submit, until
+
+from queue_api.enqueue import JobTemplate
+from queue_api.runs import RunKeys
+from queue_api.schemas import FinishReason
+from queue_api.settings import QueueSettings
+
+pytest_plugins = ["redis_fixture"]
+
+SLOW = "echo:tokens=200,step_s=0.01"
+"""Two seconds a request."""
+
+
+def test_a_run_gets_one_result_per_request(connection, start_worker):
+    start_worker()
+    jobs = submit(connection, "run", [f"word{i} and more" for i in range(100)])
+    for i, result in enumerate(completed(connection, "run", 100)):
+        assert (result.id, result.text) == (f"id-{i}", f"word{i} and")
+        assert (result.model, result.attempt, result.ok) == ("echo", 1, True)
+        parts = result.timings
+        total_s = parts.queue_s + parts.prefill_s + parts.decode_s + parts.publish_s
+        assert parts.total_s == pytest.approx(total_s)
+    until(lambda: {status(connection, job) for job in jobs} == {"finished"})
+
+
+def test_a_killed_workers_jobs_are_finished_by_the_other(connection, start_worker):
+    victim = start_worker("echo:tokens=5,step_s=0.02", lease_s=1, max_num_seqs=8)
+    start_worker("echo:tokens=5,step_s=0.02", lease_s=1, max_num_seqs=8)
+    submit(connection, "run", [f"w{i} x" for i in range(200)])
+    until(lambda: num_done(connection, "run") > 20)
+    victim.send(signal.SIGKILL)
+    found = completed(connection, "run", 200)
+    assert len({result.worker for result in found}) == 2
+    assert max(result.attempt for result in found) == 2
+    assert [result.text for result in found] == [f"w{i} x w{i} x w{i}" for i in range(200)]
+
+
+def test_drain_finishes_what_it_holds(connection, start_worker):
+    worker = start_worker("echo:tokens=20,step_s=0.02")
+    jobs = submit(connection, "run", ["a b"] * 16)
+    until(lambda: {status(connection, job) for job in jobs} == {"started"})
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert num_done(connection, "run") == 16
+    assert {status(connection, job) for job in jobs} == {"finished"}
+
+
+def test_drain_gives_the_rest_back_without_spending_a_retry(connection, start_worker):
+    worker = start_worker(SLOW, drain_grace_s=0, capacity=8)
+    jobs = submit(connection, "run", ["a b"] * 24)
+    until(lambda: status(connection, jobs[0]) == "started")
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert connection.lrange(f"rq:queue:{QUEUE}", 0, -1) == [job.encode() for job in jobs]
+    assert Job.fetch(jobs[0], connection, serializer="json").retries_left == 3
+    start_worker()
+    assert {result.attempt for result in completed(connection, "run", 24)} == {1}
+
+
+def test_a_second_signal_ends_the_grace(connection, start_worker):
+    worker = start_worker(SLOW, drain_grace_s=600)
+    jobs = submit(connection, "run", ["a b"] * 8)
+    until(lambda: status(connection, jobs[0]) == "started")
+    worker.send(signal.SIGINT)
+    until(lambda: "draining" in worker.said())
+    worker.send(signal.SIGINT)
+    assert worker.wait() == 0
+    assert status(connection, jobs[0]) == "queued"
+
+
+def test_a_restarted_redis_finds_workers_that_went_on(connection, server, start_worker):
+    start_worker("echo:tokens=5,step_s=0.02", max_num_seqs=8)
+    submit(connection, "run", [f"w{i} x" for i in range(200)])
+    until(lambda: num_done(connection, "run") > 20)
+    server.restart(kill=True)
+    found = completed(connection, "run", 200)
+    assert {result.ok for result in found} == {True}
+
+
+def test_a_chunk_run_again_leaves_out_what_is_done(connection, start_worker):
+    submit(connection, "run", ["a b", "c d", "e f"])
+    connection.setbit(RunKeys.of("run").done, 1, 1)
+    connection.hincrby("rq:job:run-0", "claims", 1)
+    start_worker()
+    until(lambda: status(connection, "run-0") == "finished")
+    assert num_done(connection, "run") == 2
+
+
+def test_a_failed_engine_gives_its_work_back(connection, start_worker):
+    worker = start_worker("echo:marked=poison,on_marked=raise")
+    jobs = submit(connection, "run", ["fine", "poison"])
+    assert worker.wait() == 1
+    assert status(connection, jobs[0]) == "queued"
+    assert "poison" in worker.said()
+
+
+def test_a_bad_request_is_an_error_result_and_hurts_no_other(connection, start_worker):
+    template = JobTemplate(connection, QUEUE, QueueSettings())
+    items = [[0, {"id": "good", "prompt": "a b"}], [1, {"id": "bad", "promt": "a b"}]]
+    items += [[2, {"id": "long", "prompt": "a " * 5000}], [3, 17]]
+    connection.hset(RunKeys.of("run").hash, mapping={"queue": QUEUE, "total": 4})
+    job = template.queue.enqueue("batchmill.generate", run="run", requests=items)
+    start_worker()
+    good, bad, long, odd = completed(connection, "run", 4)
+    assert good.ok and good.id == "good"
+    assert (bad.id, bad.error.code) == ("bad", "invalid_request")
+    assert "promt" in bad.error.message
+    assert (long.id, long.error.code) == ("long", "prompt_too_long")
+    assert (odd.finish_reason, odd.id) == (FinishReason.ERROR, f"{job.id}-3")
+    until(lambda: status(connection, job.id) == "finished")
+
+
+@pytest.mark.parametrize(
+    ("serializer", "function", "reason"),
+    [
+        ("json", "os.system", "isn't served"),
+        ("pickle", "batchmill.generate", "isn't JSON"),
+    ],
+)
+def test_a_job_that_cant_be_read_is_dead_lettered_alone(
+    connection, start_worker, serializer, function, reason
+):
+    bad = Queue(QUEUE, connection=connection, serializer=serializer).enqueue(function, "true")
+    good = Queue(QUEUE, connection=connection, serializer="json").enqueue(
+        "batchmill.generate", "a b"
+    )
+    start_worker()
+    until(lambda: status(connection, good.id) == "finished")
+    until(lambda: connection.zscore(f"rq:failed:{QUEUE}", bad.id))
+    assert reason in bad.latest_result().exc_string
+
+
+def test_a_cancelled_job_ends_with_cancelled_results(connection, start_worker):
+    start_worker(SLOW, lease_s=2)
+    jobs = submit(connection, "run", ["a b"] * 8)
+    until(lambda: status(connection, jobs[0]) == "started")
+    Job.fetch(jobs[0], connection, serializer="json").cancel()
+    found = completed(connection, "run", 8)
+    assert {result.finish_reason for result in found} == {FinishReason.CANCELLED}
+
+
+def test_a_cancelled_run_isnt_generated(connection, start_worker):
+    jobs = submit(connection, "run", ["a b"] * 16)
+    connection.hset(RunKeys.of("run").hash, "cancelled", 1)
+    start_worker(SLOW)
+    found = completed(connection, "run", 16)
+    assert {result.finish_reason for result in found} == {FinishReason.CANCELLED}
+    until(lambda: {status(connection, job) for job in jobs} == {"finished"})
+
+
+def test_a_cancelled_request_leaves_its_chunk(connection, start_worker):
+    start_worker("echo:tokens=10000,step_s=0.01")
+    submit(connection, "run", ["a b", "c d"], max_tokens=10_000)
+    until(lambda: status(connection, "run-0") == "started")
+    # as a client does it: the result is given in the worker's stead
+    for index in (0, 1):
+        connection.setbit(RunKeys.of("run").done, index, 1)
+    until(lambda: status(connection, "run-0") == "finished")
+    assert num_done(connection, "run") == 0
