@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import importlib.util
 import logging
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import redis
 
+from queue_api.child_process import die_with_parent
 from queue_api.connection import connect
 from queue_api.errors import ConfigurationError, RedisUnavailableError
 
@@ -28,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
-_PR_SET_PDEATHSIG = 1
 
 
 def find_server() -> Path:
@@ -113,7 +109,7 @@ class EmbeddedRedis:
             stderr=subprocess.DEVNULL,
             # of a group of its own: Ctrl-C is for us, who then stop it in order
             start_new_session=True,
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one libc call that takes no lock
+            preexec_fn=die_with_parent(),  # noqa: PLW1509 - one libc call that takes no lock
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
@@ -198,16 +194,3 @@ class EmbeddedRedis:
 
 def _quoted(path: Path) -> str:
     return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """Asks Linux to stop the server if we die without a chance to (kill -9)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    # looked up here: between fork and exec as little as possible may run
-    prctl = ctypes.CDLL(None).prctl
-    return functools.partial(_call, prctl, _PR_SET_PDEATHSIG, signal.SIGTERM.value)
-
-
-def _call(function: Callable[..., int], *args: int) -> None:
-    function(*args)
