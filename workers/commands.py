@@ -20,9 +20,14 @@ RETRY_S = 1.0
 
 
 async def listen_for_commands(
-    connection: aredis.Redis, channel: str, obey: Callable[[str, Mapping[str, object]], None]
+    connection: aredis.Redis,
+    channel: str,
+    obey: Callable[[str, Mapping[str, object]], None],
+    listening: asyncio.Event,
 ) -> None:
     """Call `obey(command, arguments)` for each command, until cancelled.
+
+    `listening` is set once commands are heard.
 
     Publishing isn't queueing: what is sent while the connection is down is lost, as in RQ.
     """
@@ -30,6 +35,8 @@ async def listen_for_commands(
         try:
             async with connection.pubsub() as pubsub:
                 await pubsub.subscribe(channel)
+                await pubsub.get_message(timeout=POLL_S)  # that it is subscribed
+                listening.set()
                 while True:
                     message = await pubsub.get_message(
                         ignore_subscribe_messages=True, timeout=POLL_S

@@ -141,12 +141,15 @@ class BatchWorker(BaseWorker):
             self._loop.add_signal_handler(signum, self.request_drain)
         doorbell = Doorbell(connection, self.queue_keys())
         engine_loop.start(self._runner.on_done, self._on_engine_crash)
-        claiming = self._watch(self._runner.claim_forever(doorbell))
+        listening = asyncio.Event()
+        claiming = self._watch(self._claim_forever(doorbell, listening))
         services = [
             self._watch(self._publisher.run()),
             self._watch(self._beat_forever()),
             self._watch(self._maintain_forever()),
-            self._watch(listen_for_commands(connection, self.pubsub_channel_name, self._obey)),
+            self._watch(
+                listen_for_commands(connection, self.pubsub_channel_name, self._obey, listening)
+            ),
         ]
         await self._stop.wait()
         self._runner.stop_claiming()
@@ -214,6 +217,10 @@ class BatchWorker(BaseWorker):
             self._exit_code = EXIT_FAILED
 
     # --- services ----------------------------------------------------------------------------
+
+    async def _claim_forever(self, doorbell: Doorbell, listening: asyncio.Event) -> None:
+        await listening.wait()  # a job must be stoppable from its first moment
+        await self._runner.claim_forever(doorbell)
 
     async def _beat_forever(self) -> None:
         while True:
