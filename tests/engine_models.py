@@ -20,7 +20,7 @@ from engine.demo_model import DEMO_MODEL_PATH
 from engine.engine import Engine
 from queue_api.schemas import GenerationRequest, SamplingParams
 
-VOCAB = 160
+VOCAB = 3 + 256  # special tokens and bytes
 EOS = 2
 LAYERS = 6
 CHAT_TEMPLATE = (
@@ -119,9 +119,9 @@ def requests(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte-level character, behind three special ones; adds a BOS to plain text."""
+    """One token per byte, behind three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet][:VOCAB])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
