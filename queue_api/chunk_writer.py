@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 
 from queue_api.bitmap import Bitmap
@@ -18,6 +19,8 @@ __all__ = ["ChunkWriter"]
 
 ENQUEUE_AT_ONCE = 512
 """Requests to one round trip."""
+LINGER_S = 0.05
+"""Full chunks wait so long for more of their kind."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -49,6 +52,9 @@ class ChunkWriter:
         self._results: list[GenerationResult] = []
         self._waiting = 0
         self._end = 0
+        self._flushed_at = 0.0
+        self.submitted = 0
+        """Requests below this index are on the queue or have ended."""
 
     async def put(self, index: int, item: GenerationRequest | GenerationResult) -> None:
         """Take the next request, or what became of it already.
@@ -64,17 +70,37 @@ class ChunkWriter:
                 self._chunk.append((index, item))
             else:
                 self._results.append(item)
-        if self._waiting >= ENQUEUE_AT_ONCE and (index + 1) % self._chunk_size == 0:
+        overdue = time.monotonic() - self._flushed_at > LINGER_S
+        if (index + 1) % self._chunk_size == 0 and (overdue or self._waiting >= ENQUEUE_AT_ONCE):
             await self.flush()
 
+    def skip(self, index: int) -> None:
+        """Pass over a request that somebody knows to be done."""
+        self._end = index + 1
+
+    async def again(self, items: Sequence[tuple[int, GenerationRequest]]) -> None:
+        """Enqueue requests whose jobs are gone once more."""
+        chunks: dict[int, list[tuple[int, GenerationRequest]]] = {}
+        for index, request in items:
+            chunks.setdefault(index // self._chunk_size, []).append((index, request))
+        await self._enqueue(
+            [
+                self._template.call(chunk_job_id(self._run, number), self._run, chunk)
+                for number, chunk in chunks.items()
+            ]
+        )
+
     async def flush(self) -> None:
-        """Send what has been taken, a last chunk that isn't full among it."""
+        """Send what has been taken. Only the last chunk of a run may be sent while it isn't full:
+        more of it couldn't be sent before it has ended."""
         self._seal()
         calls, self._calls = self._calls, []
         results, self._results = self._results, []
         self._waiting = 0
         await self._enqueue(calls)
         await self._store.emit(self._run, results)
+        self._flushed_at = time.monotonic()
+        self.submitted = self._end
         await self._store.set(self._run, submitted=self._end)
         # in this order: either we see that the run is cancelled, or who cancels sees our requests
         status = await self._store.status(self._run)

@@ -19,6 +19,7 @@ from queue_api.store import (
     READ_AT_ONCE,
     Entry,
     RunStore,
+    cancellations,
     read_entry,
 )
 
@@ -51,8 +52,10 @@ class Subscription:
         :raises RedisError: the server refuses us
         """
         if not self._unread and self._error is None:
+            # not wait_for: that of Python 3.11 may swallow a cancellation
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._news.wait()
         if not self._unread and self._error is not None:
             raise self._error
         entries = list(self._unread)
@@ -63,6 +66,10 @@ class Subscription:
         if len(entries) >= MOST_UNREAD:
             await self._reader.wake()
         return entries
+
+    def poke(self) -> None:
+        """Let `take` return now, with what there is."""
+        self._news.set()
 
     def close(self) -> None:
         """Listen no more."""
@@ -135,7 +142,7 @@ class ResultReader:
 
     async def _read_on(self) -> None:
         pause_s = FIRST_PAUSE_S
-        while True:
+        while not cancellations():
             try:
                 await self._read_once()
                 pause_s = FIRST_PAUSE_S

@@ -22,7 +22,7 @@ from queue_api.schemas import ErrorDetail, GenerationResult, describe
 from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
 
-__all__ = ["Entry", "RunStore", "parse_result", "read_entry"]
+__all__ = ["Entry", "RunStore", "cancellations", "parse_result", "read_entry"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,15 @@ class RunStore:
         :raises RedisError: the server refuses, or doesn't come back within `reconnect_s`
         """
         await self.connect()
+        before = cancellations()
         give_up_at = time.monotonic() + self.settings.reconnect_s
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                return await talk()
+                got = await talk()
+                if cancellations() > before:
+                    raise asyncio.CancelledError
+                return got
             except redis.AuthenticationError as error:
                 raise friendly(error, self.settings.redis_url) from None
             except CONNECTION_LOST as error:
@@ -206,6 +210,16 @@ class RunStore:
 
             found += await self.call(talk)
         return found
+
+
+def cancellations() -> int:
+    """How often the current task was asked to stop; if that grew over a command, stop.
+
+    redis-py sends with asyncio.wait_for, and that of Python 3.11 loses a cancellation that
+    arrives just as the command has been sent: the task would go on for ever.
+    """
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def read_entry(item: tuple[bytes, Mapping[bytes, bytes]]) -> Entry | None:
