@@ -64,6 +64,7 @@ def leased(
             executions_key=worker.executions_key,
             queues=[QUEUE],
             lease_s=30,
+            alone_after=2,
             worker_ttl_s=120,
             result_ttl_s=500,
         )

@@ -61,6 +61,11 @@ class Lease:
         except (KeyError, ValueError):
             return self.claimed_at
 
+    @property
+    def deaths(self) -> int:
+        """How many workers died, or whose engine failed, holding it."""
+        return self.number("deaths", 0)
+
     def number(self, field: str, default: int) -> int:
         """A field of the job's hash, which anyone may have written, as a number."""
         try:
@@ -74,7 +79,9 @@ class Claim:
     """What a try to get work brought."""
 
     leases: list[Lease]
-    suspended: bool
+    is_suspended: bool
+    waits_for_idle: bool
+    """The next job has to run alone, on a worker that holds none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,7 @@ class Leases:
         executions_key: str,
         queues: Sequence[str],
         lease_s: float,
+        alone_after: int,
         worker_ttl_s: int,
         result_ttl_s: int,
     ) -> None:
@@ -110,24 +118,30 @@ class Leases:
         self._executions_key = executions_key
         self._queues = list(queues)
         self._lease_s = int(lease_s)
+        self._alone_after = alone_after
         self._worker_ttl_s = worker_ttl_s
         self._result_ttl_s = result_ttl_s
         self._queue_keys = [
             key for name in queues for key in (f"{RQ_KEY_PREFIX}:queue:{name}", _registry_key(name))
         ]
 
-    async def claim(self, want: int) -> Claim:
-        """Take jobs until they hold `want` requests or there are no more."""
+    async def claim(self, want: int, held: int = 0) -> Claim:
+        """Take jobs until they hold `want` requests or there are no more.
+
+        :param held: jobs that the worker has; a job that has to run alone waits for none
+        """
         execution_ids = uuid4().hex[:24]
         keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *self._queue_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
+        limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held]
         reply = await self._scripts.call(
-            ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, MOST_JOBS_PER_CLAIM])
+            ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, *limits])
         )
         claimed_at = time.time()
         return Claim(
             leases=[self._lease(entry, claimed_at) for entry in reply[1:]],
-            suspended=reply[0] == b"suspended",
+            is_suspended=reply[0] == b"suspended",
+            waits_for_idle=reply[0] == b"alone",
         )
 
     def _lease(self, entry: list[Any], claimed_at: float) -> Lease:
@@ -142,14 +156,11 @@ class Leases:
     async def renew(self, leases: Iterable[Lease], state: str) -> Beat:
         """Keep all of them for another lease; says which are lost."""
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_ttl_s]
-        held = [
-            part for lease in leases for part in (lease.queue, lease.job_id, lease.execution_id)
-        ]
         reply = await self._scripts.call(
             (
                 "heartbeat",
                 [self._worker_key, self._executions_key],
-                [*args, RQ_KEY_PREFIX, state, *held],
+                [*args, RQ_KEY_PREFIX, state, *_named(leases)],
             )
         )
         lost = {
@@ -188,10 +199,22 @@ class Leases:
         args = [lease.job_id, lease.execution_id, utcformat(now()), self._worker_name]
         return "finish", keys, [*args, return_value, lease.claimed_at, self._result_ttl_s]
 
+    async def abandon(self, leases: Iterable[Lease]) -> None:
+        """Let leases run out now; see abandon.lua."""
+        await self._scripts.call(("abandon", [], [RQ_KEY_PREFIX, *_named(leases)]))
+
+    def runs_alone(self, lease: Lease) -> bool:
+        """True if nothing else may run beside this job."""
+        return lease.deaths >= self._alone_after
+
     def releasing(self, lease: Lease) -> ScriptCall:
         """The call that gives a job back."""
         keys = [*_job_keys(lease), self._executions_key, f"{RQ_KEY_PREFIX}:queue:{lease.queue}"]
         return "release", keys, [lease.job_id, lease.execution_id]
+
+
+def _named(leases: Iterable[Lease]) -> list[str]:
+    return [part for one in leases for part in (one.queue, one.job_id, one.execution_id)]
 
 
 def _registry_key(queue: str) -> str:

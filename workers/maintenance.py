@@ -10,11 +10,15 @@ import logging
 import time
 
 import redis
-from rq.registry import StartedJobRegistry
+from rq import worker_registration
+from rq.rate_limit import RateLimitRegistry
+from rq.registry import ReadyJobRegistry
 from rq.scheduler import RQScheduler
+from rq.utils import now
 from rq.worker.base import BaseWorker
 
 from queue_api.jobs import GenerateJob
+from workers.reclaim import Reclaimer
 from workers.settings import WorkerSettings
 
 __all__ = ["Maintenance"]
@@ -30,10 +34,15 @@ class Maintenance:
     """What one worker does of it; to be called from one thread."""
 
     def __init__(
-        self, worker: BaseWorker, connection: redis.Redis, settings: WorkerSettings
+        self,
+        worker: BaseWorker,
+        connection: redis.Redis,
+        reclaimer: Reclaimer,
+        settings: WorkerSettings,
     ) -> None:
         self._worker = worker
         self._connection = connection
+        self._reclaimer = reclaimer
         self._reclaim_s = settings.lease_s / 2
         self._next_reclaim = 0.0
         self._next_locks = 0.0
@@ -53,24 +62,38 @@ class Maintenance:
         self._enqueue_scheduled()
         if time.monotonic() >= self._next_reclaim:
             self._next_reclaim = time.monotonic() + self._reclaim_s
-            self._reclaim()
+            self.reclaim()
         if self._worker.should_run_maintenance_tasks:
-            self._worker.run_maintenance_tasks()
+            self._clean_registries()
 
-    def _reclaim(self) -> None:
-        """Retry or fail the jobs whose worker has let their leases run out."""
+    def reclaim(self) -> None:
+        """Take over the jobs whose worker has let their leases run out."""
         for queue in self._worker.queues:
-            registry = StartedJobRegistry(
-                queue.name,
-                self._connection,
-                job_class=GenerateJob,
-                serializer=self._worker.serializer,
-            )
             if queue.acquire_maintenance_lock():
                 try:
-                    registry.cleanup()
+                    self._reclaimer.reclaim(queue)
                 finally:
                     queue.release_maintenance_lock()
+
+    def _clean_registries(self) -> None:
+        """What RQ's workers do now and then, but for abandoned jobs: those are reclaimed."""
+        for queue in self._worker.queues:
+            if queue.acquire_maintenance_lock():
+                try:
+                    for registry in (
+                        queue.finished_job_registry,
+                        queue.failed_job_registry,
+                        queue.deferred_job_registry,
+                        ReadyJobRegistry(queue=queue, job_class=GenerateJob),
+                        *RateLimitRegistry.all(self._connection),
+                    ):
+                        registry.cleanup()
+                    worker_registration.clean_worker_registry(queue)
+                    queue.intermediate_queue.cleanup(self._worker, queue)
+                finally:
+                    queue.release_maintenance_lock()
+        self._worker.clean_group_registries()
+        self._worker.last_cleaned_at = now()  # type: ignore[assignment]
 
     def _enqueue_scheduled(self) -> None:
         if self._scheduler is None:

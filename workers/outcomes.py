@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from queue_api.errors import RequestError
 from queue_api.schemas import (
     ErrorDetail,
     FinishReason,
@@ -67,11 +66,6 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
         inter_token_s=decode_s / (num_tokens - 1) if num_tokens > 1 else None,
         stage_s=completion.stage_s,
     )
-
-
-def is_request_fault(completion: Completion) -> bool:
-    """True if trying again can't help: the request itself is wrong."""
-    return isinstance(completion.error, RequestError)
 
 
 def request_id(item: object, fallback: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -24,6 +24,7 @@ from rq.worker.base import BaseWorker
 from queue_api.connection import CONNECTION_LOST
 from queue_api.jobs import GenerateJob
 from workers.leases import Lease
+from workers.splitting import Because, split_off
 
 __all__ = ["RQHandlers"]
 
@@ -51,6 +52,25 @@ class RQHandlers:
     def fail(self, lease: Lease, reason: str, *, may_retry: bool) -> None:
         """End a job as failed, or enqueue it again if it has retries left."""
         self._end_badly(lease, reason, may_retry=may_retry, stopped=False)
+
+    def split(
+        self,
+        lease: Lease,
+        *,
+        run: str,
+        requests: Mapping[int, tuple[object, str]],
+        because: Because,
+    ) -> None:
+        """Give requests of a chunk jobs of their own; see split_off."""
+        if self._held(lease) is not None:
+            split_off(
+                self._connection,
+                self._queue(lease),
+                lease,
+                run=run,
+                requests=requests,
+                because=because,
+            )
 
     def stop(self, lease: Lease) -> None:
         """End a job that was stopped by a command; such a job isn't retried."""

@@ -12,12 +12,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import redis.asyncio as aredis
 
 from queue_api.connection import CONNECTION_LOST
-from queue_api.errors import InvalidRequestError
+from queue_api.errors import InvalidRequestError, RequestError
 from queue_api.jobs import JobPayloadError, decode_chunk, parse_item
 from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
 from workers.doorbell import Doorbell
@@ -26,6 +26,7 @@ from workers.leases import Lease, Leases
 from workers.outcomes import CANCELLED, request_id, result_of
 from workers.publisher import Publisher, Unwritten, stamp
 from workers.run_lookup import look_up
+from workers.splitting import Because
 
 __all__ = ["ActiveJob", "ActiveRequest", "Runner", "patiently"]
 
@@ -36,6 +37,7 @@ T = TypeVar("T")
 SUSPENDED_S = 0.5
 """How often to look whether a suspension has ended."""
 OUTAGE_S = 1.0
+INTERNAL = "internal_error"
 CANCELED, DELETED = "canceled", ""
 """Status, as RQ writes it, of a job that nobody wants any more."""
 
@@ -66,6 +68,12 @@ class ActiveRequest:
         """Its name in the engine."""
         return f"{self.job.lease.execution_id}:{self.index}"
 
+    def as_json(self) -> object:
+        """The request as it stands in a job."""
+        if self.request is None:
+            return self.item
+        return self.request.model_dump(mode="json", exclude_defaults=True)
+
     @property
     def id(self) -> str:
         if self.request is not None:
@@ -86,15 +94,31 @@ class ActiveJob:
     size: int = 0
     results: list[GenerationResult] = field(default_factory=list)
     """Of a job without a run: they become its return value."""
+    failed: dict[int, tuple[ActiveRequest, str]] = field(default_factory=dict)
+    """By index, what the engine failed at through no fault that the request shows, and why."""
     is_ending: bool = False
     """Its end is on its way to Redis."""
 
+    def take_left(self) -> dict[int, tuple[object, str]]:
+        """What a split needs of the requests without a result: the request and no reason."""
+        return {index: (active.as_json(), "") for index, active in self.left.items()}
+
+    def take_failed(self) -> dict[int, tuple[object, str]]:
+        return {index: (active.as_json(), why) for index, (active, why) in self.failed.items()}
+
+
+class Ends(Protocol):
+    """How jobs end that the scripts don't end: through RQ, in its thread."""
+
+    def fail(self, job: ActiveJob, reason: str, *, may_retry: bool) -> None: ...
+
+    def split(
+        self, job: ActiveJob, run: str, requests: dict[int, tuple[object, str]], because: Because
+    ) -> None: ...
+
 
 class Runner:
-    """Joins leases, engine and publisher.
-
-    :param fail: ends a job through RQ's own handler, with the reason in words
-    """
+    """Joins leases, engine and publisher."""
 
     def __init__(
         self,
@@ -105,7 +129,7 @@ class Runner:
         *,
         worker_name: str,
         capacity: int,
-        fail: Callable[[ActiveJob, str], None],
+        ends: Ends,
     ) -> None:
         self._connection = connection
         self._leases = leases
@@ -113,7 +137,7 @@ class Runner:
         self._engine = engine
         self._worker_name = worker_name
         self._capacity = capacity
-        self._fail = fail
+        self._ends = ends
         self.active: dict[str, ActiveJob] = {}
         """By execution id."""
         self.is_suspended = False
@@ -148,18 +172,26 @@ class Runner:
             await self._leases.release_unknown(self.active)
             self._may_hold_unknown = False
         want = self._capacity - len(self._requests)
+        if any(self._leases.runs_alone(job.lease) for job in self.active.values()):
+            want = 0
         if want <= 0:
-            self._freed.clear()
-            await self._freed.wait()
+            await self._something_ends()
             return
-        claim = await self._leases.claim(want)
-        self.is_suspended = claim.suspended
+        claim = await self._leases.claim(want, held=len(self.active))
+        self.is_suspended = claim.is_suspended
         if claim.leases:
             await self._take(claim.leases)
-        elif claim.suspended:
+        elif claim.is_suspended:
             await asyncio.sleep(SUSPENDED_S)
+        elif claim.waits_for_idle:
+            await self._something_ends()
         else:
             await doorbell.wait()
+
+    async def _something_ends(self) -> None:
+        self._freed.clear()
+        if self.active and not self._is_closing:
+            await self._freed.wait()
 
     async def _take(self, leases: Sequence[Lease]) -> None:
         """Hold these jobs, leave out what has a result already, and start the rest."""
@@ -180,14 +212,18 @@ class Runner:
                 job.left.pop(index, None)
             if job.run in found.cancelled:
                 self._cancel_requests(job)
-            self._start(job)
+            if job.run is not None and job.lease.deaths > 0 and len(job.left) > 1:
+                job.is_ending = True
+                self._ends.split(job, job.run, job.take_left(), Because.SUSPECT)
+            else:
+                self._start(job)
 
     def _read(self, job: ActiveJob) -> bool:
         lease = job.lease
         try:
             chunk = decode_chunk(lease.job_id, lease.fields.get("data", b""))
         except JobPayloadError as error:
-            self.fail(job, str(error))
+            self.fail(job, str(error), may_retry=False)
             return False
         except InvalidRequestError as error:
             chunk = None
@@ -222,6 +258,13 @@ class Runner:
             if active is None or active.request is None:
                 continue  # cancelled or lost meanwhile
             job = active.job
+            if completion.error is not None and not isinstance(completion.error, RequestError):
+                error = ErrorDetail.of(completion.error)
+                logger.warning("request %s failed: %s", active.id, error.message)
+                job.failed[active.index] = (active, error.message)
+                del job.left[active.index]
+                self._finish_if_done(job)
+                continue
             result = result_of(completion, active.request, job.enqueued_at, **self._about(active))
             self._end(active, result, completion.finished_at or time.perf_counter())
             self._finish_if_done(job)
@@ -261,23 +304,51 @@ class Runner:
     def _finish_if_done(self, job: ActiveJob) -> None:
         if job.left or job.is_ending:
             return
+        if job.failed:
+            self._fail_some(job)
+        else:
+            self.finish(job)
+
+    def finish(self, job: ActiveJob) -> None:
+        """End a job with success."""
         job.is_ending = True
         self._publisher.finish(job.lease, json.dumps(_return_value(job)).encode())
 
     def ended(self, lease: Lease) -> None:
         """Let go of a job whose end is in Redis."""
         self.active.pop(lease.execution_id, None)
+        self._freed.set()
         if not self.active:
             self.idle.set()
 
     # --- end early --------------------------------------------------------------------------
 
-    def fail(self, job: ActiveJob, reason: str) -> None:
-        """End a job as failed; RQ's handler decides about retries."""
+    def fail(self, job: ActiveJob, reason: str, *, may_retry: bool) -> None:
+        """End a job as failed, or have it tried again if it may and has retries left."""
         logger.warning("job %s failed: %s", job.lease.job_id, reason)
         job.is_ending = True
         self._withdraw_all(job)
-        self._fail(job, reason)
+        self._ends.fail(job, reason, may_retry=may_retry)
+
+    def _fail_some(self, job: ActiveJob) -> None:
+        """End a job that has results for all but some requests, which failed.
+
+        What failed is tried again on its own. What has no retry left ends in the dead letter,
+        alone, and its run is told.
+        """
+        lease, run = job.lease, job.run
+        has_retries = lease.number("retries_left", 0) > 0
+        requests = job.take_failed()
+        reason = next(why for _, why in job.failed.values())
+        if run is not None and not has_retries:
+            for active, why in list(job.failed.values()):
+                self._end_with_error(active, ErrorDetail(code=INTERNAL, message=why))
+        if run is None or job.size == 1:
+            self.fail(job, reason, may_retry=True)
+            return
+        job.is_ending = True
+        because = Because.FAILED if has_retries else Because.DEAD
+        self._ends.split(job, run, requests, because)
 
     def cancel(self, job: ActiveJob) -> None:
         """End what is left of a job with `cancelled` results."""
@@ -300,6 +371,14 @@ class Runner:
             job.is_ending = True
             self._withdraw_all(job)
             self._publisher.release(job.lease)
+
+    async def abandon(self) -> None:
+        """Let the leases of everything that isn't ended run out now."""
+        jobs = [job for job in self.active.values() if not job.is_ending]
+        await self._leases.abandon([job.lease for job in jobs])
+        for job in jobs:
+            job.is_ending = True
+            self.ended(job.lease)
 
     def lose(self, execution_id: str, status: str) -> None:
         """Stop working on a job whose lease is gone."""

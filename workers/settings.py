@@ -58,6 +58,9 @@ class WorkerSettings(BaseSettings):
     """A dead worker's jobs are taken over between one and two of these after its death."""
     drain_grace_s: float = Field(default=20.0, ge=0.0)
     """On SIGTERM, how long running requests may go on before they are given back."""
+    max_deaths: int = Field(default=3, ge=1)
+    """So many workers may die holding a request, the last time holding nothing else, before it
+    goes to the dead letter."""
     run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
     """How long a run stays in Redis after its last result."""
 

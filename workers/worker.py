@@ -26,10 +26,12 @@ from workers.engines import load_engine
 from workers.leases import Lease, Leases
 from workers.maintenance import Maintenance
 from workers.publisher import Publisher
+from workers.reclaim import Reclaimer, alone_after
 from workers.rq_handlers import RQHandlers
 from workers.runner import ActiveJob, Runner, patiently
 from workers.scripts import Scripts
 from workers.settings import WorkerSettings
+from workers.splitting import Because
 
 __all__ = ["BatchWorker", "run_worker"]
 
@@ -65,8 +67,15 @@ class BatchWorker(BaseWorker):
         self._settings = settings
         self._engine = engine
         self._handlers = RQHandlers(self, connection)
-        self._maintenance = Maintenance(self, connection, settings)
+        reclaimer = Reclaimer(
+            connection,
+            self._handlers,
+            most_deaths=settings.max_deaths,
+            run_ttl_s=settings.run_ttl_s,
+        )
+        self._maintenance = Maintenance(self, connection, reclaimer, settings)
         self._exit_code = EXIT_DRAINED
+        self._has_failed_engine = False
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         """RQ would raise the socket timeout above its blocking reads; here are none."""
@@ -117,6 +126,7 @@ class BatchWorker(BaseWorker):
             executions_key=self.executions_key,
             queues=self.queue_names(),
             lease_s=self._settings.lease_s,
+            alone_after=alone_after(self._settings.max_deaths),
             worker_ttl_s=self.worker_ttl + 60,
             result_ttl_s=self.default_result_ttl,
         )
@@ -135,7 +145,7 @@ class BatchWorker(BaseWorker):
             engine_loop,
             worker_name=self.name,
             capacity=self._settings.requests_held,
-            fail=self._fail_in_rq,
+            ends=self,
         )
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(signum, self.request_drain)
@@ -179,6 +189,7 @@ class BatchWorker(BaseWorker):
 
     def _on_engine_crash(self, error: BaseException) -> None:
         logger.critical("engine can't go on, its work is given back: %s", error)
+        self._has_failed_engine = True
         self._end_at_once()
 
     def _end_at_once(self) -> None:
@@ -204,6 +215,8 @@ class BatchWorker(BaseWorker):
             timeout=self._settings.drain_grace_s,
             return_when=asyncio.FIRST_COMPLETED,
         )
+        if self._has_failed_engine:
+            await asyncio.wait([asyncio.create_task(self._abandon())], timeout=GOODBYE_S)
         # each goes to the front of its queue, so the last first keeps their order
         for job in reversed(list(self._runner.active.values())):
             self._runner.release(job)
@@ -215,6 +228,12 @@ class BatchWorker(BaseWorker):
         if late:
             logger.error("Redis is away: %d jobs end with their leases", len(self._runner.active))
             self._exit_code = EXIT_FAILED
+
+    async def _abandon(self) -> None:
+        """Give work back as a worker does that dies: it may be the cause."""
+        await self._publisher.flushed()
+        await patiently(self._runner.abandon)
+        await patiently(lambda: self._in_rq_thread(self._maintenance.reclaim))
 
     # --- services ----------------------------------------------------------------------------
 
@@ -266,19 +285,35 @@ class BatchWorker(BaseWorker):
         if self._runner.stop(job):
             self._later(job.lease, lambda: self._handlers.stop(job.lease))
 
-    def _fail_in_rq(self, job: ActiveJob, reason: str) -> None:
+    def fail(self, job: ActiveJob, reason: str, *, may_retry: bool) -> None:
+        """End a job as failed, or enqueue it again if it may and has retries left."""
         lease = job.lease
-        self._later(lease, lambda: self._handlers.fail(lease, reason, may_retry=False))
+        self._later(lease, lambda: self._handlers.fail(lease, reason, may_retry=may_retry))
+
+    def split(
+        self, job: ActiveJob, run: str, requests: dict[int, tuple[object, str]], because: Because
+    ) -> None:
+        """Give requests of a chunk jobs of their own, then end the chunk."""
+        self._later(
+            job.lease,
+            lambda: self._handlers.split(job.lease, run=run, requests=requests, because=because),
+            then=lambda: self._runner.finish(job),
+        )
 
     def _succeed_in_rq(self, lease: Lease, return_value: bytes) -> None:
         self._later(lease, lambda: self._handlers.succeed(lease, return_value))
 
-    def _later(self, lease: Lease, handle: Callable[[], None]) -> None:
-        """Write the results so far, let RQ's handler end the job, then let go of it."""
+    def _later(
+        self, lease: Lease, handle: Callable[[], None], then: Callable[[], None] | None = None
+    ) -> None:
+        """Write the results so far, then have RQ's handler end the job, then let go of it."""
 
         async def end() -> None:
             await patiently(lambda: self._in_rq_thread(handle))
-            self._let_go(lease)
+            if then is not None:
+                then()
+            else:
+                self._let_go(lease)
 
         def start() -> None:
             task = self._watch(end())

@@ -13,11 +13,16 @@ from redis.exceptions import NoScriptError
 
 from queue_api.scripts import load_script
 
-__all__ = ["ScriptCall", "Scripts"]
+__all__ = ["ScriptCall", "Scripts", "load_worker_script"]
 
-_NAMES = ("claim", "finish", "heartbeat", "release")
+_NAMES = ("abandon", "claim", "finish", "heartbeat", "reclaim", "release")
 ScriptCall = tuple[str, Sequence[str], Sequence[str | bytes | int | float]]
 """(script name, KEYS, ARGV)"""
+
+
+def load_worker_script(name: str) -> str:
+    """The source of `<name>.lua` of this folder."""
+    return load_script(name, Path(__file__).parent)
 
 
 class Scripts:
@@ -28,9 +33,8 @@ class Scripts:
     """
 
     def __init__(self, connection: aredis.Redis) -> None:
-        here = Path(__file__).parent
         self._connection = connection
-        self._sources = {name: load_script(name, here) for name in _NAMES}
+        self._sources = {name: load_worker_script(name) for name in _NAMES}
         self._sources["emit"] = load_script("emit")
         self._hashes = {
             name: sha1(source.encode(), usedforsecurity=False).hexdigest()

@@ -4,18 +4,22 @@
 --
 -- A job's hash gets one field of our own: `claims`, how often it was taken.
 --
+-- A job that workers died of (`deaths`, see reclaim.lua) gets a worker for itself near the end,
+-- so that the next death shows whether it is the cause. Until then nothing behind it is taken.
+--
 -- KEYS  1 worker hash  2 the worker's set of executions  3 RQ's suspension flag
 --       4… (queue list, StartedJobRegistry) per queue, best first
 -- ARGV  1 time for people (ISO)  2 lease (seconds)  3 worker name  4 want (requests)
 --       5 RQ's key prefix  6 the first 24 hex digits of the new execution ids
 --       7 most jobs in one call: bounds how long the server is held up
--- Returns {state, {job id, execution id, number of its queue, job hash}…}; state is 'ok' or
--- 'suspended'; queues are numbered from 0.
+--       8 deaths after which a job has a worker for itself  9 jobs that this worker holds
+-- Returns {state, {job id, execution id, number of its queue, job hash}…}; queues are numbered
+-- from 0; state is 'ok', 'suspended', or 'alone' if the next job waits for an idle worker.
 if redis.call('EXISTS', KEYS[3]) == 1 then
   return {'suspended'}
 end
 local iso, lease, name, want, prefix = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local most = tonumber(ARGV[7])
+local most, alone, held = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local stamp = string.format('%.6f', now)
@@ -27,16 +31,21 @@ for k = 4, #KEYS, 2 do
       break
     end
     local job = prefix .. ':job:' .. id
-    local known = redis.call('HMGET', job, 'status', 'batch_size')
+    -- pcall: somebody's key of another type under a job's name must not stop the queue
+    local known = redis.pcall('HMGET', job, 'status', 'batch_size', 'deaths', 'claims')
+    local is_alone = (tonumber(known[3] or '') or 0) >= alone
     -- What was cancelled, deleted or pushed twice since is dropped here, as RQ drops it. So is an
     -- id that RQ wouldn't make: a colon in it would be taken for an execution's.
-    if known[1] == 'queued' and string.find(id, '^[%w_-]+$') then
+    if known[1] == 'queued' and is_alone and held + #reply > 1 then
+      redis.call('LPUSH', KEYS[k], id)
+      reply[1] = 'alone'
+      want = 0
+    elseif known[1] == 'queued' and string.find(id, '^[%w_-]+$') then
       local execution = ARGV[6] .. string.format('%08x', #reply)
       local composite = id .. ':' .. execution
       local executions = prefix .. ':executions:' .. id
       redis.call('HSET', job, 'status', 'started', 'started_at', iso, 'last_heartbeat', iso,
-        'worker_name', name)
-      redis.call('HINCRBY', job, 'claims', 1)
+        'worker_name', name, 'claims', (tonumber(known[4] or '') or 0) + 1)
       redis.call('PERSIST', job)
       redis.call('HSET', prefix .. ':execution:' .. composite, 'id', execution, 'job_id', id,
         'created_at', stamp, 'last_heartbeat', stamp, 'worker_name', name)
@@ -45,7 +54,7 @@ for k = 4, #KEYS, 2 do
       redis.call('EXPIRE', executions, lease + 60)
       redis.call('ZADD', KEYS[k + 1], now + lease, composite)
       redis.call('SADD', KEYS[2], composite)
-      want = want - math.max(1, tonumber(known[2]) or 1)
+      want = is_alone and 0 or want - math.max(1, tonumber(known[2] or '') or 1)
       reply[#reply + 1] = {id, execution, (k - 4) / 2, redis.call('HGETALL', job)}
     end
   end

@@ -1,0 +1,98 @@
+"""A request that can't be served ends alone, with a reason, and its neighbours finish."""
+
+from __future__ import annotations
+
+import time
+
+from rq import Queue, Retry
+from rq.job import Job
+from rq.registry import FailedJobRegistry, ScheduledJobRegistry
+from worker_kit import QUEUE, completed, results, status, submit, until
+
+from queue_api.jobs import GENERATE, chunk_job_id, single_job_id
+
+pytest_plugins = ["redis_fixture"]
+
+FAILING = "echo:marked=poison,on_marked=error"
+ABORTING = "echo:marked=poison,on_marked=abort,step_s=0.002"
+
+
+def with_poison(total: int, at: int) -> list[str]:
+    return ["poison" if i == at else f"word{i}" for i in range(total)]
+
+
+def dead_letter(connection) -> list[str]:
+    return FailedJobRegistry(QUEUE, connection, serializer="json").get_job_ids()
+
+
+def test_a_request_that_fails_is_retried_alone_and_dead_lettered_alone(connection, start_worker):
+    start_worker(FAILING)
+    submit(connection, "run", with_poison(16, at=5), chunk_size=8, retries=2)
+    found = completed(connection, "run", 16)
+    culprit = found.pop(5)
+    assert {result.ok for result in found} == {True}
+    assert (culprit.error.code, culprit.attempt) == ("internal_error", 3)
+    assert "poison" in culprit.error.message
+    single = single_job_id("run", 5)
+    until(lambda: dead_letter(connection) == [single])
+    assert "poison" in Job.fetch(single, connection, serializer="json").latest_result().exc_string
+    assert status(connection, chunk_job_id("run", 0)) == "finished"
+
+
+def test_without_retries_the_request_is_dead_lettered_at_once(connection, start_worker):
+    start_worker(FAILING)
+    submit(connection, "run", with_poison(4, at=2), retries=0)
+    assert [result.ok for result in completed(connection, "run", 4)] == [True, True, False, True]
+    until(lambda: dead_letter(connection) == [single_job_id("run", 2)])
+
+
+def test_retry_intervals_are_kept(connection, start_worker):
+    start_worker(FAILING)
+    queue = Queue(QUEUE, connection=connection, serializer="json")
+    job = queue.enqueue(GENERATE, prompt="poison", retry=Retry(max=2, interval=[60, 60]))
+    until(lambda: job.get_status() == "scheduled")
+    registry = ScheduledJobRegistry(QUEUE, connection, serializer="json")
+    assert registry.get_scheduled_time(job).timestamp() > time.time() + 30
+
+
+def test_requeued_from_the_dead_letter_a_job_runs_again(connection, start_worker):
+    start_worker(FAILING)
+    queue = Queue(QUEUE, connection=connection, serializer="json")
+    job = queue.enqueue(GENERATE, prompt="poison", retry=Retry(max=1))
+    until(lambda: dead_letter(connection) == [job.id])
+    claims = int(connection.hget(job.key, "claims"))
+    job.requeue()
+    until(lambda: int(connection.hget(job.key, "claims")) > claims)
+    until(lambda: dead_letter(connection) == [job.id])
+
+
+def test_a_request_that_kills_its_worker_is_quarantined(connection, start_worker):
+    submit(connection, "run", with_poison(100, at=50), chunk_size=8)
+    deaths = 0
+    while len(results(connection, "run")) < 100:
+        worker = start_worker(ABORTING, lease_s=1, max_num_seqs=8)
+        until(
+            lambda w=worker: w.process.poll() is not None or len(results(connection, "run")) == 100
+        )
+        deaths += worker.process.poll() is not None
+        assert deaths <= 3
+    found = completed(connection, "run", 100)
+    assert [result.index for result in found if not result.ok] == [50]
+    assert found[50].error.code == "quarantined"
+    assert "3 workers died" in found[50].error.message
+    until(lambda: dead_letter(connection) == [single_job_id("run", 50)])
+
+
+def test_a_request_that_breaks_the_engine_is_quarantined(connection, start_worker):
+    submit(connection, "run", with_poison(20, at=3), chunk_size=4, retries=0)
+    codes = []
+    while len(results(connection, "run")) < 20:
+        worker = start_worker("echo:marked=poison,on_marked=raise", max_num_seqs=4)
+        until(
+            lambda w=worker: w.process.poll() is not None or len(results(connection, "run")) == 20
+        )
+        codes.append(worker.process.poll())
+        assert len(codes) <= 4
+    assert codes[:3] == [1, 1, 1]
+    found = completed(connection, "run", 20)
+    assert [result.error.code for result in found if not result.ok] == ["quarantined"]

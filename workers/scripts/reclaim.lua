@@ -1,0 +1,38 @@
+-- Take over the jobs of one queue whose leases have run out: their worker died or stood still.
+-- Each goes back on its queue with one death more, and no retry spent: it needn't be its fault.
+-- A job near its last death goes to the end, for it will hold a worker for itself (claim.lua).
+--
+-- A job's hash gets one field of our own: `deaths`, how many workers died holding it.
+--
+-- KEYS  1 StartedJobRegistry  2 queue list
+-- ARGV  1 RQ's key prefix  2 deaths after which a job is quarantined  3 deaths after which it
+--       has a worker for itself  4 most jobs in one call
+-- Returns {how many went back, job id and execution id… of those to be quarantined}. The latter
+-- are left as they are, so that they are found again if the caller dies as well.
+local prefix, most_deaths, alone = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local clock = redis.call('TIME')
+local expired = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', clock[1], 'LIMIT', 0, ARGV[4])
+local reply = {0}
+for _, composite in ipairs(expired) do
+  local id, execution = string.match(composite, '^([^:]*):?(.*)$')
+  local job = prefix .. ':job:' .. id
+  local execution_key = prefix .. ':execution:' .. composite
+  local known = redis.call('HMGET', job, 'status', 'deaths', 'worker_name')
+  local deaths = (tonumber(known[2] or '') or 0) + 1
+  if known[1] == 'started' and deaths >= most_deaths then
+    reply[#reply + 1] = id
+    reply[#reply + 1] = execution
+  else
+    redis.call('ZREM', KEYS[1], composite)
+    redis.call('DEL', execution_key)
+    redis.call('ZREM', prefix .. ':executions:' .. id, execution)
+    redis.call('SREM', prefix .. ':worker:' .. (known[3] or '') .. ':executions', composite)
+    -- whatever isn't 'started' was ended or taken over by somebody else: only the lease is left
+    if known[1] == 'started' then
+      redis.call('HSET', job, 'status', 'queued', 'worker_name', '', 'deaths', deaths)
+      redis.call(deaths >= alone and 'RPUSH' or 'LPUSH', KEYS[2], id)
+      reply[1] = reply[1] + 1
+    end
+  end
+end
+return reply
