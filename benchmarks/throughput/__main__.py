@@ -22,16 +22,14 @@ from benchmarks.throughput.models import MODELS
 from benchmarks.throughput.rounds import ChildError, Entry, Harness
 from benchmarks.throughput.workload import QUICK, W
 
-logger = logging.getLogger("benchmarks.throughput")
+logger = logging.getLogger(__package__)
 
 
 def main() -> int:
     options = _arguments()
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if options.verbose:
+        logger.setLevel(logging.DEBUG)
     cores = options.cores or sorted(os.sched_getaffinity(0))[: options.threads]
     harness = Harness(
         options.cache.resolve(), cores, options.threads, dict(options.peer_python), options.timeout

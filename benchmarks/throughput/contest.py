@@ -76,4 +76,18 @@ CONTESTANTS = (
             for t, n in ((128, 128), (256, 256), (256, 512), (512, 1024))
         ),
     ),
+    Contestant(
+        "openvino",
+        "OpenVINO GenAI",
+        "openvino",
+        peer="openvino",
+        imports=("openvino_genai",),
+        distributions=("openvino", "openvino-genai"),
+        settings={"max_num_batched_tokens": 512, "max_num_seqs": 128, "cache_size": 2},
+        tries=tuple(
+            {"max_num_batched_tokens": t, "max_num_seqs": n, "cache_size": 2}
+            for t, n in ((256, 64), (256, 256), (512, 64), (512, 128), (1024, 128), (4096, 128))
+        ),
+        converter="openvino-export",
+    ),
 )
