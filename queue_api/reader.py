@@ -126,10 +126,10 @@ class ResultReader:
         self._changed.set()
 
         async def talk() -> list[Any]:
-            pipe = self._store.redis.pipeline(transaction=False)
-            pipe.xadd(self._wake_key, {"wake": "1"}, maxlen=1, approximate=False)
-            pipe.expire(self._wake_key, WAKE_TTL_S)
-            return await pipe.execute()
+            async with self._store.redis.pipeline(transaction=False) as pipe:
+                pipe.xadd(self._wake_key, {"wake": "1"}, maxlen=1, approximate=False)
+                pipe.expire(self._wake_key, WAKE_TTL_S)
+                return await pipe.execute()
 
         await self._store.call(talk)
 

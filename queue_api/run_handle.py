@@ -11,7 +11,7 @@ from dataclasses import replace
 from queue_api.bitmap import Bitmap
 from queue_api.errors import InvalidRequestError, RunIncompleteError
 from queue_api.jobs import chunk_job_id
-from queue_api.reader import ResultReader
+from queue_api.reader import ResultReader, Subscription
 from queue_api.reconcile import Reconciler, cancel_requests, request_ids, undone
 from queue_api.runs import RunStatus
 from queue_api.schemas import GenerationResult
@@ -49,17 +49,24 @@ class Run:
         :raises RunNotFoundError: no such run, or it was deleted or expired
         :raises RunIncompleteError: the producer fell silent without saying how many there are
         """
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for result in batch:
+                    yield result
+
+    async def batches(self, *, follow: bool = True) -> AsyncGenerator[list[GenerationResult], None]:
+        """The same, as many at a time as there are; `follow=False` takes only what is there."""
         seen = Bitmap()
-        async with aclosing(self._entries()) as entries:
-            async for _, index, raw in entries:
+        async with aclosing(self._pages(follow=follow)) as pages:
+            async for page in pages:
                 # a Redis that lost its last second may tell a result twice
-                if seen.add(index):
-                    yield parse_result(self.id, index, raw)
+                new = [(index, raw) for _, index, raw in page if seen.add(index)]
+                yield [parse_result(self.id, index, raw) for index, raw in new]
 
     async def wait(self) -> RunStatus:
         """Wait until the run is complete, without reading its results; raises as `results`."""
-        async with aclosing(self._entries()) as entries:
-            async for _ in entries:
+        async with aclosing(self._pages()) as pages:
+            async for _ in pages:
                 pass
         return await self._store.status(self.id)
 
@@ -104,41 +111,50 @@ class Run:
                 return index
         raise InvalidRequestError(f"run {self.id!r} has no unfinished request {request_id!r}")
 
-    async def _entries(self) -> AsyncGenerator[Entry, None]:
-        """The stream from its start to the end of the run, with sweeps while nothing comes."""
-        settings = self._store.settings
-        status = await self._store.status(self.id)
+    async def _pages(self, *, follow: bool = True) -> AsyncGenerator[list[Entry], None]:
+        """The stream from its start to the end of the run, or to where it is now."""
+        last = "0"
+        if follow:
+            subscription = await self._reader.subscribe(self.id)
+            try:
+                async with aclosing(self._until_complete(subscription)) as pages:
+                    async for page in pages:
+                        yield page
+            finally:
+                subscription.close()
+            last = subscription.last
+        # complete, so the rest is in the stream; some of it may have been trimmed by its owner
+        while page := await self._store.entries(self.id, last):
+            yield page
+            last = page[-1][0]
+
+    async def _until_complete(
+        self, subscription: Subscription
+    ) -> AsyncGenerator[list[Entry], None]:
+        """What comes, with sweeps for abandoned requests while nothing does."""
+        reconcile_s = self._store.settings.reconcile_s
         ids = self._ids
         sweeper = Reconciler(
             self._store, self.id, lambda i: ids[i] if ids and i < len(ids) else None
         )
-        subscription = await self._reader.subscribe(self.id)
-        count, wait_s, silent_since, swept_at = 0, FIRST_WAIT_S, time.monotonic(), time.monotonic()
-        try:
-            while status.total is None or count < status.total:
-                entries = await subscription.take(wait_s)
-                for entry in entries:
-                    yield entry
-                count += len(entries)
-                now = time.monotonic()
-                if entries:
-                    wait_s, silent_since, swept_at = FIRST_WAIT_S, now, now
-                    continue
-                status = await self._store.status(self.id)
-                if status.complete:
-                    break
-                self._check_producer(status, now - silent_since)
-                if now - swept_at >= settings.reconcile_s:
-                    swept_at = now
-                    await sweeper.sweep()
-                wait_s = min(wait_s * 2, settings.reconcile_s)
-        finally:
-            subscription.close()
-        # complete, so the rest is in the stream; some of it may have been trimmed by its owner
-        while entries := await self._store.entries(self.id, subscription.last):
-            for entry in entries:
-                yield entry
-            subscription.last = entries[-1][0]
+        status = await self._store.status(self.id)
+        count, wait_s, heard_at, swept_at = 0, FIRST_WAIT_S, time.monotonic(), time.monotonic()
+        while status.total is None or count < status.total:
+            page = await subscription.take(wait_s)
+            if page:
+                yield page
+                count += len(page)
+                wait_s = FIRST_WAIT_S
+                heard_at = swept_at = time.monotonic()
+                continue
+            status = await self._store.status(self.id)
+            if status.complete:
+                return
+            self._check_producer(status, time.monotonic() - heard_at)
+            if time.monotonic() - swept_at >= reconcile_s:
+                swept_at = time.monotonic()
+                await sweeper.sweep()
+            wait_s = min(wait_s * 2, reconcile_s)
 
     def _check_producer(self, status: RunStatus, silent_s: float) -> None:
         waiting_for_producer = status.total is None and status.done >= status.submitted

@@ -108,12 +108,12 @@ class RunStore:
         fields = {"created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
 
         async def talk() -> list[Any]:
-            pipe = self.redis.pipeline()
-            for name, value in fields.items():
-                pipe.hsetnx(key, name, str(value))
-            pipe.expire(key, self.settings.run_ttl_s)
-            pipe.hgetall(key)
-            return await pipe.execute()
+            async with self.redis.pipeline() as pipe:
+                for name, value in fields.items():
+                    pipe.hsetnx(key, name, str(value))
+                pipe.expire(key, self.settings.run_ttl_s)
+                pipe.hgetall(key)
+                return await pipe.execute()
 
         raw = cast("dict[bytes, bytes]", (await self.call(talk))[-1])
         return {name.decode(): value.decode() for name, value in raw.items()}
@@ -126,8 +126,8 @@ class RunStore:
         )
         if b"queue" not in raw:
             raise RunNotFoundError(
-                f"no run {run!r} here: never submitted to this Redis, or past its "
-                f"{self.settings.run_ttl_s} s time to live"
+                f"no run {run!r} in this Redis: never submitted to it, or forgotten "
+                f"{self.settings.run_ttl_s / 86_400:g} days after its last change"
             )
         return RunStatus.from_hash(run, raw)
 
@@ -147,10 +147,10 @@ class RunStore:
         """Enqueue jobs in one round trip; returns what enqueue.lua did for each."""
 
         async def talk() -> list[int]:
-            pipe = self.redis.pipeline(transaction=False)
-            for call in calls:
-                await self._enqueue(keys=call.keys, args=call.args, client=pipe)
-            return await pipe.execute()
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for call in calls:
+                    await self._enqueue(keys=call.keys, args=call.args, client=pipe)
+                return await pipe.execute()
 
         return await self.call(talk) if calls else []
 
@@ -203,10 +203,10 @@ class RunStore:
             page = keys[start : start + READ_AT_ONCE]
 
             async def talk(page: Sequence[Any] = page) -> list[list[bytes | None]]:
-                pipe = self.redis.pipeline(transaction=False)
-                for key in page:
-                    pipe.hmget(key, fields)
-                return await pipe.execute()
+                async with self.redis.pipeline(transaction=False) as pipe:
+                    for key in page:
+                        pipe.hmget(key, fields)
+                    return await pipe.execute()
 
             found += await self.call(talk)
         return found

@@ -14,8 +14,9 @@ from queue_api.store import RunStore
 
 __all__ = ["RequestLike", "Requests", "Submission", "as_request", "fingerprint", "request_id"]
 
-RequestLike = GenerationRequest | Mapping[str, Any] | str
-"""A request, its fields with the sampling fields flat among them, or just a prompt."""
+RequestLike = GenerationRequest | Mapping[str, Any] | str | GenerationResult
+"""A request, its fields with the sampling fields flat among them, or just a prompt; or the result
+of one that ended before it began, such as a row that can't be read."""
 Requests = Iterable[RequestLike] | AsyncIterable[RequestLike]
 Item = GenerationRequest | GenerationResult
 
@@ -99,6 +100,8 @@ class Submission:
         await self._close()
 
     def _check(self, given: object, index: int) -> Item:
+        if isinstance(given, GenerationResult):
+            return given.model_copy(update={"run": self._run, "index": index})
         try:
             request = as_request(given, index, self._defaults)
             if (first := self._places.setdefault(request.id, index)) != index:
