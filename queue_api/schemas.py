@@ -221,17 +221,54 @@ class GenerationResult(BaseModel):
 
 
 def describe(error: ValidationError) -> str:
-    """A pydantic error as one line: each wrong field, its value (shortened) and the limit."""
-    parts = []
-    for item in error.errors(include_url=False, include_context=False):
-        field = ".".join(str(part) for part in item["loc"] if part != "function-before")
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            parts.append(f"unknown field '{field}'")
-        elif not field:
-            parts.append(message)
-        else:
-            value = repr(item["input"])
-            shown = value if len(value) <= 60 else value[:57] + "..."
-            parts.append(f"'{field}' is {shown}: {message[0].lower()}{message[1:]}")
-    return "; ".join(parts)
+    """A pydantic error as one line: each wrong field as users write it, its value, the limit."""
+    parts: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        field = _field_name(item["loc"])
+        # a field that may be of several types fails once for each; the first, ours, says it best
+        parts.setdefault(field, _complaint(field, item))
+    return "; ".join(parts.values())
+
+
+def _field_name(location: tuple[int | str, ...]) -> str:
+    """`prompt`, `max_tokens`, `messages[0].content`: without pydantic's words for its types."""
+    if location == ("sampling",):
+        return "sampling"
+    name = ""
+    for part in location:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part.isidentifier() and not (part == "sampling" and name == "") and part not in _TYPES:
+            name += f".{part}" if name else part
+    return name
+
+
+_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
+"""pydantic's names of the branches of a union, where they look like fields."""
+_LIMITS = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt}",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length} items",
+}
+
+
+def _complaint(field: str, item: Any) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown field '{field}'"
+    if kind == "missing":
+        return f"'{field}' is missing"
+    if kind in ("string_too_short", "too_short"):
+        return f"'{field}' is empty"
+    message = item["msg"].removeprefix("Value error, ")
+    if kind in _LIMITS:
+        message = _LIMITS[kind].format(**context)
+    elif not field:
+        return str(message)
+    value = repr(item["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    message = message.replace("Input should be", "must be").replace("dictionary", "object")
+    return f"'{field}' is {shown}: {message[0].lower()}{message[1:]}"
