@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AliasChoices, Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
-from queue_api.runs import DEFAULT_RUN_TTL_S
-from queue_api.settings import DEFAULT_QUEUE, DEFAULT_REDIS_URL
+from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings
 
-__all__ = ["WorkerSettings"]
+__all__ = ["DEMO_MODEL", "WorkerSettings"]
+
+DEMO_MODEL = "demo"
 
 
 def _split(value: object) -> object:
@@ -18,24 +19,16 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(EnvironmentSettings):
     """Environment variables are the names in upper case after `BATCHMILL_`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BATCHMILL_", populate_by_name=True, extra="ignore", frozen=True
-    )
-
-    redis_url: str = Field(
-        default=DEFAULT_REDIS_URL,
-        validation_alias=AliasChoices("redis_url", "BATCHMILL_REDIS_URL", "REDIS_URL"),
-    )
     queues: Annotated[list[str], NoDecode] = Field(default=[DEFAULT_QUEUE], min_length=1)
     """Names of RQ queues, the one to serve first in front."""
     name: str | None = None
     """The worker's name in RQ; unique among live workers. Host and pid when unset."""
 
-    model: str = ""
-    """A local folder or a Hub id."""
+    model: str = Field(default=DEMO_MODEL, min_length=1)
+    """A local folder, a Hub id, or `demo`: the toy that comes with batchmill."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     stages: Annotated[list[str], NoDecode] = Field(default=["cpu"], min_length=1)
@@ -61,8 +54,8 @@ class WorkerSettings(BaseSettings):
     max_deaths: int = Field(default=3, ge=1)
     """So many workers may die holding a request, the last time holding nothing else, before it
     goes to the dead letter."""
-    run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
-    """How long a run stays in Redis after its last result."""
+    checkpoint_tokens: int = Field(default=256, ge=1)
+    """A worker's death costs a long generation at most so many tokens."""
 
     split_queues = field_validator("queues", "stages", mode="before")(_split)
 

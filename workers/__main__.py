@@ -1,0 +1,5 @@
+"""`python -m workers` is `batchmill`."""
+
+from workers.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""The command `batchmill`: the producers' commands of queue_api.cli, and `worker` and `run`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from queue_api.cli import app
+from queue_api.command_line import (
+    ChunkSize,
+    QueueName,
+    RedisUrl,
+    RunId,
+    Stopped,
+    run_app,
+    run_async,
+    sampling_options,
+)
+from queue_api.datasets import DEFAULT_WINDOW
+from queue_api.schemas import SamplingParams
+from workers.offline import OfflineRun, run_offline
+from workers.report import sample_table, summary_table
+from workers.settings import DEMO_MODEL, WorkerSettings
+from workers.worker import run_worker
+
+__all__ = ["main"]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A local folder, a Hub id, or `demo`: the toy that comes with batchmill. "
+        f"Default: $BATCHMILL_MODEL or {DEMO_MODEL}.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
+]
+Stages = Annotated[
+    str | None,
+    typer.Option(
+        help="A device per stage, in order, such as cpu,cpu or cuda:0,cpu. "
+        "Default: $BATCHMILL_STAGES or cpu.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default=False)
+]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option(help="Requests that generate at a time (64).", show_default=False)
+]
+MaxBatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens in one forward (512).", show_default=False)
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(help="Prompt and new tokens together; the model's limit.", show_default=False),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads of each engine.", show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
+]
+
+
+@app.command()
+def worker(
+    *,
+    model: Model = None,
+    revision: Revision = None,
+    stages: Stages = None,
+    queues: Annotated[
+        str | None,
+        typer.Option(
+            help="RQ queues to serve, the first before the next. "
+            "Default: $BATCHMILL_QUEUES or batchmill.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Its name in RQ (host and pid).", show_default=False)
+    ] = None,
+    dtype: Dtype = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Serve queues until told to stop.
+
+    SIGTERM drains: running requests get some time to finish, the rest go back to the queue. What
+    isn't given here is read from BATCHMILL_* (docs/worker.md lists all of them).
+    """
+    settings = WorkerSettings.load(
+        redis_url=redis_url,
+        queues=queues,
+        name=name,
+        model=model,
+        revision=revision,
+        stages=stages,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_model_len=max_model_len,
+        num_threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    raise typer.Exit(run_worker(settings))
+
+
+@app.command()
+@sampling_options
+def run(
+    input: Annotated[  # noqa: A002 - the name shown in the help
+        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
+    ],
+    *,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
+    ],
+    sampling: SamplingParams,
+    model: Model = None,
+    revision: Revision = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
+    ] = 1,
+    stages: Stages = None,
+    dtype: Dtype = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = None,
+    run: RunId = None,
+    queue: QueueName = None,
+    chunk_size: ChunkSize = None,
+    window: Annotated[
+        int, typer.Option(min=1, help="Requests that may be in Redis at a time.")
+    ] = DEFAULT_WINDOW,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show at the end.")] = 0,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
+
+    Each row is written once. Broken off, the same command goes on where it stopped. The
+    workers serve a queue of the run's own unless --queue names one.
+    """
+    flags = {
+        "model": model,
+        "revision": revision,
+        "stages": stages,
+        "dtype": dtype,
+        "max_num_seqs": max_num_seqs,
+        "max_batch_tokens": max_batch_tokens,
+        "max_model_len": max_model_len,
+        "num_threads": threads or _threads_each(workers),
+        "trust_remote_code": trust_remote_code,
+    }
+    environment = {
+        f"BATCHMILL_{name.upper()}": str(value)
+        for name, value in flags.items()
+        if value is not None
+    }
+    console = Console(stderr=True)
+    job = OfflineRun(
+        input=input,
+        output=output,
+        redis_url=redis_url or os.environ.get("REDIS_URL"),
+        defaults=sampling,
+        num_workers=workers,
+        worker_environment=environment,
+        run=run,
+        queue=queue,
+        chunk_size=chunk_size,
+        window=window,
+    )
+    try:
+        summary = run_async(run_offline(job, console))
+    except Stopped:
+        console.print("broken off; the same command goes on where this one stopped", style="yellow")
+        raise
+    if show and output != "-":
+        console.print(sample_table(Path(output), show))
+    console.print(summary_table(summary))
+
+
+def _threads_each(num_workers: int) -> int | None:
+    """This machine's cores shared out among its workers: more threads than cores fight."""
+    if not num_workers:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // num_workers)
+
+
+def main() -> None:
+    """Run the command; ends the process with its exit code."""
+    run_app(app)
