@@ -90,4 +90,30 @@ CONTESTANTS = (
         ),
         converter="openvino-export",
     ),
+    Contestant(
+        "llamacpp",
+        "llama.cpp, f32 weights, f16 cache",
+        "llamacpp",
+        peer="llamacpp",
+        imports=("llama_cpp", "gguf"),
+        distributions=("llama-cpp-python", "gguf"),
+        settings={"slots": 32, "batch": 512, "cache": "f16"},
+        tries=tuple(
+            {"slots": n, "batch": t, "cache": cache}
+            for cache in ("f16", "f32")
+            for n, t in ((32, 512), (64, 512), (128, 512))
+        ),
+        converter="llamacpp",
+    ),
+    Contestant(
+        "ctranslate2",
+        "CTranslate2",
+        "ctranslate2",
+        peer="ctranslate2",
+        imports=("ctranslate2",),
+        distributions=("ctranslate2",),
+        settings={"batch_size": 16},
+        tries=tuple({"batch_size": n} for n in (8, 16, 32)),
+        converter="ctranslate2",
+    ),
 )
