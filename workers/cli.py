@@ -22,6 +22,7 @@ from queue_api.command_line import (
 )
 from queue_api.datasets import DEFAULT_WINDOW
 from queue_api.schemas import SamplingParams
+from queue_api.settings import QueueSettings
 from workers.offline import OfflineRun, run_offline
 from workers.report import sample_table, summary_table
 from workers.settings import DEMO_MODEL, WorkerSettings
@@ -174,7 +175,7 @@ def run(
     job = OfflineRun(
         input=input,
         output=output,
-        redis_url=redis_url or os.environ.get("REDIS_URL"),
+        redis_url=_given_redis_url(redis_url),
         defaults=sampling,
         num_workers=workers,
         worker_environment=environment,
@@ -191,6 +192,12 @@ def run(
     if show and output != "-":
         console.print(sample_table(Path(output), show))
     console.print(summary_table(summary))
+
+
+def _given_redis_url(flag: str | None) -> str | None:
+    """The address that a flag or the environment names; None if neither does."""
+    settings = QueueSettings.load(redis_url=flag)
+    return settings.redis_url if "redis_url" in settings.model_fields_set else None
 
 
 def _threads_each(num_workers: int) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from queue_api.errors import ConfigurationError, MissingExtraError
+from engine.demo_model import DEMO_MODEL_PATH
+from queue_api.errors import MissingExtraError
 from workers.engine_loop import Engine
 from workers.noop_engine import ECHO_PREFIX, EchoEngine
-from workers.settings import WorkerSettings
+from workers.settings import DEMO_MODEL, WorkerSettings
 
 __all__ = ["load_engine"]
 
@@ -16,8 +17,6 @@ def load_engine(settings: WorkerSettings) -> Engine:
     :raises MissingExtraError: torch or transformers isn't installed
     :raises ConfigurationError: no model named, or it can't be loaded
     """
-    if not settings.model:
-        raise ConfigurationError("no model given; set --model or BATCHMILL_MODEL")
     if settings.model.startswith(ECHO_PREFIX):
         return EchoEngine.from_name(settings.model)
     try:
@@ -30,7 +29,7 @@ def load_engine(settings: WorkerSettings) -> Engine:
             f"a worker needs {error.name}; run: pip install 'batchmill[worker]'"
         ) from None
     config = EngineConfig(
-        model=settings.model,
+        model=str(DEMO_MODEL_PATH) if settings.model == DEMO_MODEL else settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
         devices=tuple(settings.stages),

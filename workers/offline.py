@@ -61,7 +61,7 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
         queue = job.queue or f"run-{run}"
         environment = {
             **job.worker_environment,
-            "REDIS_URL": redis_url,
+            "BATCHMILL_REDIS_URL": redis_url,
             "BATCHMILL_QUEUES": queue,
         }
         settings = QueueSettings.load(redis_url=redis_url, queue=queue)
