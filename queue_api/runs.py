@@ -5,8 +5,11 @@
                              completion_tokens and finish:<reason>
     batchmill:{run}:results  stream, one entry per request, in completion order
     batchmill:{run}:done     bitmap by request index; who sets a bit may append the result
+    batchmill:{run}:partial:<index>:<model>
+                             string, the new tokens so far of a long generation, 4 bytes each;
+                             gone when it ends
 
-The braces keep a run's three keys in one slot of a Redis Cluster.
+The braces keep a run's keys in one slot of a Redis Cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ from typing import NamedTuple
 from queue_api.errors import InvalidRequestError
 from queue_api.schemas import GenerationResult
 
-__all__ = ["DEFAULT_RUN_TTL_S", "RunKeys", "RunStatus", "check_run_id", "emit_args", "is_run_id"]
+__all__ = [
+    "DEFAULT_RUN_TTL_S",
+    "RunKeys",
+    "RunStatus",
+    "check_run_id",
+    "emit_args",
+    "is_run_id",
+    "partial_key",
+]
 
 DEFAULT_RUN_TTL_S = 7 * 86_400
 UNKNOWN_TOTAL = -1
@@ -57,6 +68,14 @@ class RunKeys(NamedTuple):
     def of(cls, run: str) -> RunKeys:
         base = f"batchmill:{{{run}}}"
         return cls(base, f"{base}:results", f"{base}:done")
+
+
+def partial_key(run: str, index: int, model: str) -> str:
+    """Where a request's tokens so far are kept.
+
+    :param model: says by whose vocabulary and weights
+    """
+    return f"batchmill:{{{run}}}:partial:{index}:{model}"
 
 
 def emit_args(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
-from queue_api.errors import RequestError
+from queue_api.errors import EngineError
 from queue_api.schemas import FinishReason, GenerationRequest
 
 __all__ = ["Completion", "Engine", "EngineLoop", "Refusal"]
@@ -59,7 +59,10 @@ class Engine(Protocol):
     def cancel(self, key: str) -> bool: ...
     def step(self) -> Sequence[Completion]: ...
     def has_unfinished(self) -> bool: ...
-    def progress(self) -> Mapping[str, Sequence[int]]: ...
+    def progress(self) -> Mapping[str, Sequence[int]]:
+        """New tokens so far of what is running; copies, for they go to another thread."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -94,6 +97,11 @@ class _Cancel:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    reply: asyncio.Future[Mapping[str, Sequence[int]]]
+
+
 class _Stop:
     pass
 
@@ -103,21 +111,28 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._commands: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        self._commands: SimpleQueue[_Add | _Cancel | _Progress | _Stop] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(
         self,
         on_done: Callable[[Sequence[Completion]], None],
+        on_progress: Callable[[Mapping[str, Sequence[int]]], None],
         on_crash: Callable[[BaseException], None],
+        *,
+        steps_between: int,
     ) -> None:
-        """Start the thread; both callbacks run on the event loop that is running now.
+        """Start the thread; the callbacks run on the event loop that is running now.
 
         After `on_crash` no request is worked on any more: the engine can't be trusted.
+
+        :param steps_between: calls of `on_progress`, with the tokens so far of what is running
         """
         self._on_done = on_done
+        self._on_progress = on_progress
         self._on_crash = on_crash
+        self._steps_between = steps_between
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -130,16 +145,29 @@ class EngineLoop:
         """Drop a request; it isn't reported as done unless it was done before."""
         self._commands.put(_Cancel(key))
 
+    async def progress(self) -> Mapping[str, Sequence[int]]:
+        """The tokens so far of what is running."""
+        assert self._loop is not None
+        reply: asyncio.Future[Mapping[str, Sequence[int]]] = self._loop.create_future()
+        self._commands.put(_Progress(reply))
+        return await reply
+
     async def stop(self) -> None:
         """Let the step that is running end, then close the engine."""
         self._commands.put(_Stop())
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
+        steps = 0
         try:
             while self._apply_commands():
-                if self.engine.has_unfinished() and (done := self.engine.step()):
+                if not self.engine.has_unfinished():
+                    continue
+                if done := self.engine.step():
                     self._report(self._on_done, done)
+                steps += 1
+                if steps % self._steps_between == 0:
+                    self._report(self._on_progress, self.engine.progress())
         except BaseException as error:
             logger.critical("engine failed: %s", error, exc_info=True)
             self._report(self._on_crash, error)
@@ -159,6 +187,8 @@ class EngineLoop:
                 return False
             if isinstance(command, _Cancel):
                 self.engine.cancel(command.key)
+            elif isinstance(command, _Progress):
+                self._report(command.reply.set_result, self.engine.progress())
             elif (refusal := self._add(command)) is not None:
                 refused.append(refusal)
             wait = False
@@ -174,7 +204,9 @@ class EngineLoop:
                 generated=command.generated,
                 seed_key=command.seed_key,
             )
-        except RequestError as error:
+        except EngineError:
+            raise
+        except Exception as error:  # such as a chat template that chokes: this request's alone
             return Refusal(command.key, error)
         return None
 

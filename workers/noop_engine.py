@@ -123,7 +123,7 @@ class EchoEngine:
         return self._max_num_seqs - len(self._running)
 
     def progress(self) -> Mapping[str, Sequence[int]]:
-        return {key: echo.generated for key, echo in self._running.items()}
+        return {key: tuple(echo.generated) for key, echo in self._running.items()}
 
     def step(self) -> list[EchoCompletion]:
         now = time.perf_counter()

@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+import redis.asyncio as aredis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from queue_api.connection import CONNECTION_LOST
@@ -76,13 +77,15 @@ class Publisher:
 
     def __init__(
         self,
+        connection: aredis.Redis,
         scripts: Scripts,
         leases: Leases,
-        run_ttl_s: int,
         *,
+        run_ttl_s: int,
         on_left_to_rq: Callable[[Lease, bytes], None],
         on_ended: Callable[[Lease], None],
     ) -> None:
+        self._connection = connection
         self._scripts = scripts
         self._leases = leases
         self._run_ttl_s = run_ttl_s
@@ -91,6 +94,7 @@ class Publisher:
         self._results: list[Unwritten] = []
         self._endings: list[_Ending] = []
         self._callbacks: list[Callable[[], None]] = []
+        self._needless: list[str] = []
         self._dirty = asyncio.Event()
         self._clean = asyncio.Event()
         self._clean.set()
@@ -112,6 +116,11 @@ class Publisher:
     def then(self, callback: Callable[[], None]) -> None:
         """Call back once the results given so far are in Redis."""
         self._callbacks.append(callback)
+        self._touch()
+
+    def delete_after_results(self, keys: Iterable[str]) -> None:
+        """Delete keys that the results given so far make needless."""
+        self._needless.extend(keys)
         self._touch()
 
     async def flushed(self) -> None:
@@ -138,13 +147,13 @@ class Publisher:
                 )
                 self._dirty.set()
                 await asyncio.sleep(RETRY_S)
-            if self._results or self._endings or self._callbacks:
+            if self._results or self._endings or self._callbacks or self._needless:
                 self._dirty.set()
             else:
                 self._clean.set()
 
     async def _flush(self) -> None:
-        endings, callbacks = self._endings[:], self._callbacks[:]
+        endings, callbacks, needless = self._endings[:], self._callbacks[:], self._needless[:]
         while self._results:
             batch = self._results[:MOST_RESULTS_PER_FLUSH]
             await self._write_results(batch)
@@ -152,6 +161,9 @@ class Publisher:
         if endings:
             await self._write_endings(endings)
             del self._endings[: len(endings)]
+        if needless:
+            await self._connection.unlink(*needless)
+            del self._needless[: len(needless)]
         for callback in callbacks:
             callback()
         del self._callbacks[: len(callbacks)]

@@ -10,16 +10,18 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio as aredis
+from redis.exceptions import RedisError
 
 from queue_api.connection import CONNECTION_LOST
 from queue_api.errors import InvalidRequestError, RequestError
 from queue_api.jobs import JobPayloadError, decode_chunk, parse_item
 from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
+from workers.checkpoints import Checkpoints, Place
 from workers.doorbell import Doorbell
 from workers.engine_loop import Completion, EngineLoop
 from workers.leases import Lease, Leases
@@ -67,6 +69,11 @@ class ActiveRequest:
     def key(self) -> str:
         """Its name in the engine."""
         return f"{self.job.lease.execution_id}:{self.index}"
+
+    @property
+    def place(self) -> Place:
+        """Where its partial text is kept."""
+        return Place(self.job.run or self.job.lease.job_id, self.index)
 
     def as_json(self) -> object:
         """The request as it stands in a job."""
@@ -129,6 +136,7 @@ class Runner:
         *,
         worker_name: str,
         capacity: int,
+        checkpoints: Checkpoints,
         ends: Ends,
     ) -> None:
         self._connection = connection
@@ -137,6 +145,7 @@ class Runner:
         self._engine = engine
         self._worker_name = worker_name
         self._capacity = capacity
+        self._checkpoints = checkpoints
         self._ends = ends
         self.active: dict[str, ActiveJob] = {}
         """By execution id."""
@@ -148,6 +157,7 @@ class Runner:
         self._freed = asyncio.Event()
         self._may_hold_unknown = False
         self._is_closing = False
+        self._saving: asyncio.Task[None] | None = None
 
     # --- claim ------------------------------------------------------------------------------
 
@@ -205,6 +215,13 @@ class Runner:
             if job.run is not None and not job.lease.is_first:
                 ran_before.setdefault(job.run, []).extend(job.left)
         found = await patiently(lambda: look_up(self._connection, runs, ran_before))
+        begun = [
+            active.place
+            for job in readable
+            if not job.lease.is_first
+            for active in job.left.values()
+        ]
+        partial = await patiently(lambda: self._checkpoints.load(begun))
         for job in readable:
             if job.lease.execution_id not in self.active:
                 continue  # lost while Redis was away
@@ -216,7 +233,7 @@ class Runner:
                 job.is_ending = True
                 self._ends.split(job, job.run, job.take_left(), Because.SUSPECT)
             else:
-                self._start(job)
+                self._start(job, partial)
 
     def _read(self, job: ActiveJob) -> bool:
         lease = job.lease
@@ -236,7 +253,7 @@ class Runner:
         job.size = len(job.left)
         return True
 
-    def _start(self, job: ActiveJob) -> None:
+    def _start(self, job: ActiveJob, partial: Mapping[Place, list[int]]) -> None:
         for active in list(job.left.values()):
             try:
                 active.request = parse_item(active.item)
@@ -246,7 +263,11 @@ class Runner:
             active.item = None
             self._requests[active.key] = active
             seed_key = f"{job.run or job.lease.job_id}/{active.id}"
-            self._engine.add(active.key, active.request, seed_key=seed_key)
+            # the last token is never partial: the engine has to end the text itself
+            generated = partial.get(active.place, [])[: active.request.sampling.max_tokens - 1]
+            if generated:
+                logger.info("request %s goes on behind %d tokens", active.id, len(generated))
+            self._engine.add(active.key, active.request, seed_key=seed_key, generated=generated)
         self._finish_if_done(job)
 
     # --- complete ---------------------------------------------------------------------------
@@ -269,6 +290,31 @@ class Runner:
             self._end(active, result, completion.finished_at or time.perf_counter())
             self._finish_if_done(job)
         self._freed.set()
+
+    def on_progress(self, progress: Mapping[str, Sequence[int]]) -> None:
+        """Keep partial texts, unless the last ones are still on their way."""
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save(progress))
+
+    async def _save(self, progress: Mapping[str, Sequence[int]], at_least: int = 0) -> None:
+        places = {
+            active.place: tokens
+            for key, tokens in progress.items()
+            if (active := self._requests.get(key)) is not None
+        }
+        try:
+            await self._checkpoints.save(places, at_least=at_least)
+        except (RedisError, OSError) as error:
+            logger.warning("partial texts couldn't be saved: %s", error)
+
+    async def save_progress(self) -> None:
+        """Keep all partial texts as they are now."""
+        await self._save(await self._engine.progress(), at_least=1)
+
+    def _forget_partial(self, places: Sequence[Place]) -> None:
+        """Delete partial texts once the results that replace them are written."""
+        if keys := self._checkpoints.forgetting(places):
+            self._publisher.delete_after_results(keys)
 
     def _about(self, active: ActiveRequest) -> dict[str, Any]:
         return {
@@ -296,6 +342,7 @@ class Runner:
     def _end(self, active: ActiveRequest, result: GenerationResult, ended_at: float) -> None:
         job = active.job
         job.left.pop(active.index, None)
+        self._forget_partial([active.place])
         if job.run is None:
             job.results.append(stamp(result, ended_at))
         else:

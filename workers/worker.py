@@ -19,6 +19,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from queue_api.connection import CONNECTION_LOST, check_server, connect, connect_async, friendly
 from queue_api.errors import ConfigurationError
 from queue_api.jobs import GenerateJob, GenerateQueue
+from workers.checkpoints import Checkpoints
 from workers.commands import listen_for_commands
 from workers.doorbell import Doorbell
 from workers.engine_loop import Engine, EngineLoop
@@ -131,13 +132,19 @@ class BatchWorker(BaseWorker):
             result_ttl_s=self.default_result_ttl,
         )
         self._publisher = Publisher(
+            connection,
             scripts,
             leases,
-            self._settings.run_ttl_s,
+            run_ttl_s=self._settings.run_ttl_s,
             on_left_to_rq=self._succeed_in_rq,
             on_ended=self._let_go,
         )
         engine_loop = EngineLoop(self._engine)
+        checkpoints = Checkpoints(
+            connection,
+            self._settings.checkpoint_tokens,
+            f"{self._engine.model_name}@{self._engine.model_revision}",
+        )
         self._runner = Runner(
             connection,
             leases,
@@ -145,12 +152,18 @@ class BatchWorker(BaseWorker):
             engine_loop,
             worker_name=self.name,
             capacity=self._settings.requests_held,
+            checkpoints=checkpoints,
             ends=self,
         )
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(signum, self.request_drain)
         doorbell = Doorbell(connection, self.queue_keys())
-        engine_loop.start(self._runner.on_done, self._on_engine_crash)
+        engine_loop.start(
+            self._runner.on_done,
+            self._runner.on_progress,
+            self._on_engine_crash,
+            steps_between=checkpoints.steps_between,
+        )
         listening = asyncio.Event()
         claiming = self._watch(self._claim_forever(doorbell, listening))
         services = [
@@ -217,6 +230,10 @@ class BatchWorker(BaseWorker):
         )
         if self._has_failed_engine:
             await asyncio.wait([asyncio.create_task(self._abandon())], timeout=GOODBYE_S)
+        elif self._runner.active:
+            await asyncio.wait(
+                [asyncio.create_task(self._runner.save_progress())], timeout=GOODBYE_S
+            )
         # each goes to the front of its queue, so the last first keeps their order
         for job in reversed(list(self._runner.active.values())):
             self._runner.release(job)

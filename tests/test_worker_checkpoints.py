@@ -1,0 +1,80 @@
+"""A long generation goes on where a dead worker left it, and comes to the same text."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from rq import Queue
+from worker_kit import QUEUE, completed, submit, until
+
+from queue_api.jobs import GENERATE
+
+pytest_plugins = ["redis_fixture"]
+
+LONG = "echo:tokens=1000,step_s=0.001"
+PROMPT = " ".join(f"w{i}" for i in range(700))
+TEXT = " ".join(f"w{i % 700}" for i in range(1000))
+
+
+def tokens_kept(connection) -> int:
+    keys = list(connection.scan_iter("batchmill:*:partial:*"))
+    return connection.strlen(keys[0]) // 4 if keys else 0
+
+
+def tokens_resumed(worker) -> int:
+    found = re.findall(r"request id-0 goes on behind (\d+) tokens", worker.said())
+    return int(found[-1]) if found else 0
+
+
+def test_a_text_goes_on_behind_what_a_killed_worker_kept(connection, start_worker):
+    settings = {"lease_s": 1, "checkpoint_tokens": 64}
+    victim = start_worker(LONG, **settings)
+    submit(connection, "run", [PROMPT])
+    kept = until(lambda: (n := tokens_kept(connection)) > 850 and n)
+    victim.send(signal.SIGKILL)
+    heir = start_worker(LONG, **settings)
+    (result,) = completed(connection, "run", 1)
+    assert (result.text, result.completion_tokens, result.attempt) == (TEXT, 1000, 2)
+    assert tokens_resumed(heir) >= kept
+    until(lambda: tokens_kept(connection) == 0)
+
+
+def test_a_drain_loses_no_token(connection, start_worker):
+    first = start_worker(LONG, drain_grace_s=0)
+    submit(connection, "run", [PROMPT])
+    until(lambda: tokens_kept(connection) > 0)
+    first.send(signal.SIGTERM)
+    assert first.wait() == 0
+    kept = tokens_kept(connection)
+    heir = start_worker(LONG)
+    (result,) = completed(connection, "run", 1)
+    assert (result.text, result.attempt) == (TEXT, 1)
+    assert tokens_resumed(heir) == kept
+
+
+def test_a_text_begun_by_another_model_is_left_alone(connection, start_worker):
+    connection.setrange("batchmill:{run}:partial:0:0123456789ab", 0, b"\1\0\0\0")
+    submit(connection, "run", ["a b c"])
+    connection.hincrby("rq:job:run-0", "claims", 1)
+    worker = start_worker("echo:tokens=3")
+    assert completed(connection, "run", 1)[0].text == "a b c"
+    assert tokens_resumed(worker) == 0
+
+
+def test_the_models_text_is_that_of_an_undisturbed_run(connection, start_worker):
+    queue = Queue(QUEUE, connection=connection, serializer="json")
+    settings = {"lease_s": 1, "checkpoint_tokens": 8, "num_threads": 1}
+    sampling = {"max_tokens": 150, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+    victim = start_worker("demo", **settings)
+    undisturbed = queue.enqueue(GENERATE, "What is 3 plus 4?", **sampling)
+    until(lambda: undisturbed.get_status() == "finished")
+    disturbed = queue.enqueue(GENERATE, "What is 3 plus 4?", **sampling)
+    until(lambda: tokens_kept(connection) > 50)
+    victim.send(signal.SIGKILL)
+    start_worker("demo", **settings)
+    until(lambda: disturbed.get_status() == "finished")
+    text = undisturbed.return_value()["text"]
+    assert len(text) > 100
+    assert disturbed.return_value()["text"] == text
+    assert disturbed.return_value()["attempt"] == 2

@@ -1,0 +1,104 @@
+"""Partial texts in Redis, so that a long generation survives the worker that began it.
+
+A request's new tokens are appended to a string key now and then. Whoever claims the request
+again hands them to its engine, which reads them in and goes on behind them. Draws depend on the
+position alone, so the text is the one an undisturbed run would have given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import redis.asyncio as aredis
+
+from queue_api.runs import partial_key
+
+__all__ = ["Checkpoints", "Place"]
+
+logger = logging.getLogger(__name__)
+
+PARTIAL_TTL_S = 6 * 3600
+"""How long a partial text waits for somebody to go on with it."""
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request's partial text is kept."""
+
+    owner: str
+    """Its run; the job's id where there is none."""
+    index: int
+
+
+class Checkpoints:
+    """Saves and loads partial texts of one model.
+
+    :param every_tokens: a worker's death costs a request at most so many of its tokens
+    :param model: what the tokens mean: a text begun by another model is left alone
+    """
+
+    def __init__(self, connection: aredis.Redis, every_tokens: int, model: str) -> None:
+        self._connection = connection
+        self._model = hashlib.blake2b(model.encode(), digest_size=6).hexdigest()
+        self._saved: dict[Place, int] = {}
+        # Looked at every quarter and written from half on, no more than three quarters are
+        # unsaved at any time; the rest is for the way to Redis.
+        self.steps_between = max(1, every_tokens // 4)
+        self._worth_saving = max(1, every_tokens // 2)
+
+    def _key(self, place: Place) -> str:
+        return partial_key(place.owner, place.index, self._model)
+
+    async def load(self, places: Sequence[Place]) -> dict[Place, list[int]]:
+        """The partial texts that there are of these."""
+        if not places:
+            return {}
+        pipeline = self._connection.pipeline(transaction=False)
+        for place in places:
+            pipeline.get(self._key(place))
+        replies = await pipeline.execute(raise_on_error=False)
+        found = {
+            place: _unpacked(raw)
+            for place, raw in zip(places, replies, strict=True)
+            if isinstance(raw, bytes) and raw
+        }
+        self._saved |= {place: len(tokens) for place, tokens in found.items()}
+        return found
+
+    async def save(self, progress: Mapping[Place, Sequence[int]], *, at_least: int = 0) -> None:
+        """Append what is new.
+
+        :param at_least: leave out requests with fewer new tokens; half the interval by default
+        """
+        worth_saving = at_least or self._worth_saving
+        due = {
+            place: tokens
+            for place, tokens in progress.items()
+            if len(tokens) - self._saved.get(place, 0) >= worth_saving
+        }
+        if not due:
+            return
+        pipeline = self._connection.pipeline(transaction=False)
+        for place, tokens in due.items():
+            # written by offset, so that writing it twice is no harm
+            start = self._saved.get(place, 0)
+            packed = array("I", tokens[start:]).tobytes()
+            pipeline.setrange(self._key(place), start * TOKEN_BYTES, packed)
+            pipeline.expire(self._key(place), PARTIAL_TTL_S)
+        await pipeline.execute()
+        self._saved |= {place: len(tokens) for place, tokens in due.items()}
+
+    def forgetting(self, places: Iterable[Place]) -> list[str]:
+        """Forget these requests; returns the keys that are to be deleted."""
+        return [self._key(place) for place in places if self._saved.pop(place, None) is not None]
+
+
+def _unpacked(raw: bytes) -> list[int]:
+    tokens = array("I")
+    tokens.frombytes(raw[: len(raw) // TOKEN_BYTES * TOKEN_BYTES])
+    return tokens.tolist()
