@@ -39,6 +39,7 @@ class ChunkWriter:
         queue: str,
         chunk_size: int,
         done: Bitmap,
+        submitted: int = 0,
         wait_when_full: bool = True,
     ) -> None:
         self._store = store
@@ -53,6 +54,7 @@ class ChunkWriter:
         self._waiting = 0
         self._end = 0
         self._flushed_at = 0.0
+        self._submitted_before = submitted
         self.submitted = 0
         """Requests below this index are on the queue or have ended."""
 
@@ -101,7 +103,8 @@ class ChunkWriter:
         await self._store.emit(self._run, results)
         self._flushed_at = time.monotonic()
         self.submitted = self._end
-        await self._store.set(self._run, submitted=self._end)
+        # an earlier life of the run may have come further
+        await self._store.set(self._run, submitted=max(self._end, self._submitted_before))
         # in this order: either we see that the run is cancelled, or who cancels sees our requests
         status = await self._store.status(self._run)
         if status.cancelled:

@@ -117,6 +117,7 @@ class _Opened:
     run: str
     queue: str
     chunk_size: int
+    submitted: int
     done: Bitmap
     """What Redis takes for done."""
     waiting: dict[int, bytes]
@@ -148,7 +149,15 @@ async def _open(
     while entries := await store.entries(run, last):
         waiting.update((index, raw) for _, index, raw in entries)
         last = entries[-1][0]
-    return _Opened(run, there["queue"], int(there["chunk_size"]), done, waiting, last)
+    return _Opened(
+        run=run,
+        queue=there["queue"],
+        chunk_size=int(there["chunk_size"]),
+        submitted=int(there.get("submitted", 0)),
+        done=done,
+        waiting=waiting,
+        last=last,
+    )
 
 
 class _DatasetRun:
@@ -178,6 +187,7 @@ class _DatasetRun:
             opened.run,
             queue=opened.queue,
             chunk_size=opened.chunk_size,
+            submitted=opened.submitted,
             done=Bitmap(),  # which rows are done is decided here, with the output file
         )
         self._pending: dict[int, Row] = {}

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MOST_UNREAD = 4 * READ_AT_ONCE
 """A stream whose results nobody takes is left alone from here on."""
 WAKE_TTL_S = 60
+CANCEL_AGAIN_S = 0.1
 
 
 class Subscription:
@@ -134,11 +135,11 @@ class ResultReader:
         await self._store.call(talk)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            task.cancel()
+            # more than once: see `cancellations`
+            await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
 
     async def _read_on(self) -> None:
         pause_s = FIRST_PAUSE_S

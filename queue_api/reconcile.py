@@ -202,7 +202,7 @@ async def cancel_requests(store: RunStore, status: RunStatus, indexes: Sequence[
     chunks = [
         chunk
         for chunk in sorted({index // size for index in indexes})
-        if not any(done.missing(min((chunk + 1) * size, status.submitted), chunk * size))
+        if next(done.missing(min((chunk + 1) * size, status.submitted), chunk * size), None) is None
     ]
     job_ids = [chunk_job_id(status.id, chunk) for chunk in chunks]
     job_ids += [single_job_id(status.id, index) for index in indexes]

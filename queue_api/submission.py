@@ -142,6 +142,7 @@ class Submission:
             queue=status.queue,
             chunk_size=status.chunk_size,
             done=await self._store.done(self._run),
+            submitted=status.submitted,
             wait_when_full=self._wait_when_full,
         )
         for index, item in enumerate(self._head):

@@ -1,0 +1,26 @@
+"""Fixtures that all tests may use; those of Redis and workers are in redis_fixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+from client_kit import Answerer
+
+from queue_api.redis_server import EmbeddedRedis
+from queue_api.settings import QueueSettings
+
+pytest_plugins = ["redis_fixture"]
+
+
+@pytest.fixture
+def settings(server: EmbeddedRedis, connection: redis.Redis) -> QueueSettings:
+    """Of a client that doesn't wait long before it looks for abandoned requests."""
+    return QueueSettings.load(redis_url=server.url, reconcile_s=0.1, reconnect_s=20)
+
+
+@pytest.fixture
+def answerer(connection: redis.Redis) -> Iterator[Answerer]:
+    """Answers queued jobs when told to, without a worker; see client_kit."""
+    yield Answerer(connection)
