@@ -96,7 +96,7 @@ def test_stories_end_by_themselves_and_use_their_words(toy):
     assert len({len(text) for text, _ in replies}) > 4
 
 
-def test_all_words_of_a_held_out_question_are_kept_from_training():
+def test_held_out_questions_are_kept_from_training():
     rng = Random(3)
     questions = training_questions(rng)
     drawn = [next(questions) for _ in range(5000)]
