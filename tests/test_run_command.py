@@ -30,6 +30,7 @@ class Command:
     def __init__(self, *arguments: object, cwd: Path, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "workers", *map(str, arguments)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -76,7 +76,10 @@ class LocalCluster:
         :raises ConfigurationError: when a worker refuses its settings, in its words
         """
         if self._watchers:
-            await asyncio.gather(*self._watchers)
+            # not gather: who gives up this wait mustn't cancel the watchers
+            ended, _ = await asyncio.wait(self._watchers, return_when=asyncio.FIRST_EXCEPTION)
+            for watcher in ended:
+                watcher.result()
         if not self._stopping.is_set():
             raise ClusterError(
                 f"all {self.num_workers} workers ended, {self._max_restarts} restarts each were of "

@@ -87,12 +87,14 @@ class _PlainLines:
         self._console = console
         self._eta = _Eta()
         self._due_at = 0.0
+        self._finished = False
 
     def update(self, progress: Progress) -> None:
         eta = self._eta.text(progress)
         finished = progress.total is not None and progress.done >= progress.total
-        if time.monotonic() < self._due_at and not finished:
+        if self._finished or (time.monotonic() < self._due_at and not finished):
             return
+        self._finished = finished
         self._due_at = time.monotonic() + PLAIN_EVERY_S
         total = "?" if progress.total is None else progress.total
         self._console.print(
