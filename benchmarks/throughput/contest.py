@@ -116,4 +116,15 @@ CONTESTANTS = (
         tries=tuple({"batch_size": n} for n in (8, 16, 32)),
         converter="ctranslate2",
     ),
+    Contestant(
+        "onnxruntime",
+        "ONNX Runtime GenAI, static batch",
+        "onnxruntime",
+        peer="onnxruntime",
+        imports=("onnxruntime_genai",),
+        distributions=("onnxruntime", "onnxruntime-genai"),
+        settings={"batch_size": 16},
+        tries=tuple({"batch_size": n} for n in (8, 16, 32)),
+        converter="onnxruntime",
+    ),
 )

@@ -25,6 +25,8 @@ __all__ = ["ChildError", "Entry", "Harness", "ModelRun"]
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
+REFERENCE_CHUNK = 16
+"""Requests between two writes: one by one takes minutes, and an interrupt shouldn't lose them."""
 
 
 class ChildError(RuntimeError):
@@ -175,15 +177,21 @@ class Harness:
 
     def reference(self, folder: Path, workload: Workload) -> list[list[int]]:
         """Greedy fp32 tokens of `generate`, one request at a time; kept beside the model."""
-        path = folder.with_name(f"reference-{workload.digest}.json")
-        if not path.exists():
-            logger.info("reference tokens of %s, once: one by one, minutes", folder.parent.name)
-            one_by_one = Contestant("reference", "reference", "transformers_generate")
-            everything = list(range(len(workload.prompts)))
-            result = self.run(one_by_one, {}, folder, workload, everything)
-            path.write_text(json.dumps(result["tokens"]), encoding="utf-8")
-        tokens: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
-        return tokens
+        path = folder.with_name("reference.json")
+        known: dict[str, list[int]] = {}
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8"))
+        digests = workload.digests
+        missing = [i for i, digest in enumerate(digests) if digest not in known]
+        one_by_one = Contestant("reference", "reference", "transformers_generate")
+        for start in range(0, len(missing), REFERENCE_CHUNK):
+            chunk = missing[start : start + REFERENCE_CHUNK]
+            done = len(digests) - len(missing) + start
+            logger.info("%s: reference tokens: %d of %d", folder.parent.name, done, len(digests))
+            tokens = self.run(one_by_one, {}, folder, workload, chunk)["tokens"]
+            known.update(zip((digests[i] for i in chunk), tokens, strict=True))
+            path.write_text(json.dumps(known), encoding="utf-8")
+        return [known[digest] for digest in digests]
 
     def _child(self, action: str, peer: str, job: Mapping[str, Any]) -> dict[str, Any]:
         python = self.pythons.get(peer, sys.executable)

@@ -72,9 +72,12 @@ class Workload:
         return Workload(self.prompts[:16], [min(8, n) for n in self.outputs[:16]])
 
     @property
-    def digest(self) -> str:
-        """Names what is kept about this workload, such as its reference tokens."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+    def digests(self) -> list[str]:
+        """Names for what is kept about each request, such as its reference tokens."""
+        return [
+            hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+            for request in zip(self.prompts, self.outputs, strict=True)
+        ]
 
     @property
     def num_prompt_tokens(self) -> int:
