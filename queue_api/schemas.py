@@ -104,6 +104,10 @@ class GenerationRequest(BaseModel):
     prompt: Annotated[str, Field(min_length=1)] | list[int] | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
     sampling: SamplingParams = SamplingParams()
+    timeout_s: float | None = Field(default=None, gt=0)
+    """How long a worker may take for it, waiting its turn in the engine included."""
+    deadline: float | None = Field(default=None, gt=0)
+    """Epoch seconds after which nobody wants the text; then it ends as an error."""
     return_token_ids: bool = False
     """Put the generated token ids into the result."""
     metadata: dict[str, Any] = Field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from queue_api.schemas import (
     ErrorDetail,
@@ -14,9 +15,41 @@ from queue_api.schemas import (
 )
 from workers.engine_loop import Completion
 
-__all__ = ["CANCELLED", "request_id", "result_of", "timings_of"]
+__all__ = [
+    "CANCELLED",
+    "TIMEOUT",
+    "TimeLimit",
+    "request_id",
+    "result_of",
+    "time_limit",
+    "timings_of",
+]
 
+TIMEOUT = "timeout"
 CANCELLED = ErrorDetail(code="cancelled", message="cancelled before it was finished")
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimit:
+    """What ends a request that takes too long."""
+
+    seconds: float
+    """From now; not positive if it is over."""
+    error: ErrorDetail
+
+
+def time_limit(request: GenerationRequest) -> TimeLimit | None:
+    """The nearer of a request's timeout and deadline, if it has one."""
+    limits = []
+    if request.timeout_s is not None:
+        message = f"took longer than its timeout_s of {request.timeout_s:g}"
+        detail = ErrorDetail(code=TIMEOUT, message=message)
+        limits.append(TimeLimit(request.timeout_s, detail))
+    if request.deadline is not None:
+        message = f"wasn't done by its deadline, {request.deadline:.3f} (epoch seconds)"
+        detail = ErrorDetail(code="deadline_exceeded", message=message)
+        limits.append(TimeLimit(request.deadline - time.time(), detail))
+    return min(limits, key=lambda limit: limit.seconds, default=None)
 
 
 def result_of(

@@ -7,11 +7,9 @@ held from its claim until Redis has confirmed its end, and its lease is renewed 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio as aredis
@@ -20,17 +18,18 @@ from redis.exceptions import RedisError
 from queue_api.connection import CONNECTION_LOST
 from queue_api.errors import InvalidRequestError, RequestError
 from queue_api.jobs import JobPayloadError, decode_chunk, parse_item
-from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
+from queue_api.schemas import ErrorDetail, FinishReason, GenerationResult
+from workers.active import ActiveJob, ActiveRequest
 from workers.checkpoints import Checkpoints, Place
 from workers.doorbell import Doorbell
 from workers.engine_loop import Completion, EngineLoop
 from workers.leases import Lease, Leases
-from workers.outcomes import CANCELLED, request_id, result_of
+from workers.outcomes import CANCELLED, TIMEOUT, result_of, time_limit
 from workers.publisher import Publisher, Unwritten, stamp
 from workers.run_lookup import look_up
 from workers.splitting import Because
 
-__all__ = ["ActiveJob", "ActiveRequest", "Runner", "patiently"]
+__all__ = ["Ends", "Runner", "patiently"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,6 @@ T = TypeVar("T")
 SUSPENDED_S = 0.5
 """How often to look whether a suspension has ended."""
 OUTAGE_S = 1.0
-INTERNAL = "internal_error"
 CANCELED, DELETED = "canceled", ""
 """Status, as RQ writes it, of a job that nobody wants any more."""
 
@@ -52,66 +50,6 @@ async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
         except CONNECTION_LOST as error:
             logger.warning("Redis is away (%s); the model stays loaded", error)
             await asyncio.sleep(OUTAGE_S)
-
-
-@dataclass(eq=False, slots=True)
-class ActiveRequest:
-    """One request of a claimed job."""
-
-    job: ActiveJob
-    index: int
-    item: object
-    """As it stood in the job."""
-    request: GenerationRequest | None = None
-    """None if it can't be read."""
-
-    @property
-    def key(self) -> str:
-        """Its name in the engine."""
-        return f"{self.job.lease.execution_id}:{self.index}"
-
-    @property
-    def place(self) -> Place:
-        """Where its partial text is kept."""
-        return Place(self.job.run or self.job.lease.job_id, self.index)
-
-    def as_json(self) -> object:
-        """The request as it stands in a job."""
-        if self.request is None:
-            return self.item
-        return self.request.model_dump(mode="json", exclude_defaults=True)
-
-    @property
-    def id(self) -> str:
-        if self.request is not None:
-            return self.request.id
-        return request_id(self.item, f"{self.job.lease.job_id}-{self.index}")
-
-
-@dataclass(eq=False, slots=True)
-class ActiveJob:
-    """One claimed job; it ends when `left` is empty."""
-
-    lease: Lease
-    enqueued_at: float
-    """Epoch seconds."""
-    run: str | None = None
-    left: dict[int, ActiveRequest] = field(default_factory=dict)
-    """By index, what has no result yet."""
-    size: int = 0
-    results: list[GenerationResult] = field(default_factory=list)
-    """Of a job without a run: they become its return value."""
-    failed: dict[int, tuple[ActiveRequest, str]] = field(default_factory=dict)
-    """By index, what the engine failed at through no fault that the request shows, and why."""
-    is_ending: bool = False
-    """Its end is on its way to Redis."""
-
-    def take_left(self) -> dict[int, tuple[object, str]]:
-        """What a split needs of the requests without a result: the request and no reason."""
-        return {index: (active.as_json(), "") for index, active in self.left.items()}
-
-    def take_failed(self) -> dict[int, tuple[object, str]]:
-        return {index: (active.as_json(), why) for index, (active, why) in self.failed.items()}
 
 
 class Ends(Protocol):
@@ -147,6 +85,7 @@ class Runner:
         self._capacity = capacity
         self._checkpoints = checkpoints
         self._ends = ends
+        self._loop = asyncio.get_running_loop()
         self.active: dict[str, ActiveJob] = {}
         """By execution id."""
         self.is_suspended = False
@@ -261,6 +200,13 @@ class Runner:
                 self._end_with_error(active, ErrorDetail.of(error))
                 continue
             active.item = None
+            if (limit := time_limit(active.request)) is not None:
+                if limit.seconds <= 0:
+                    self._end_with_error(active, limit.error)
+                    continue
+                active.timer = self._loop.call_later(
+                    limit.seconds, self._expire, active, limit.error
+                )
             self._requests[active.key] = active
             seed_key = f"{job.run or job.lease.job_id}/{active.id}"
             # the last token is never partial: the engine has to end the text itself
@@ -268,6 +214,27 @@ class Runner:
             if generated:
                 logger.info("request %s goes on behind %d tokens", active.id, len(generated))
             self._engine.add(active.key, active.request, seed_key=seed_key, generated=generated)
+        if (timeout_s := job.lease.number("timeout", 0)) > 0:
+            why = f"took longer than the job's timeout of {timeout_s} s"
+            overtime = ErrorDetail(code=TIMEOUT, message=why)
+            job.timer = self._loop.call_later(timeout_s, self._expire_all, job, overtime)
+        self._finish_if_done(job)
+
+    def _expire(self, active: ActiveRequest, error: ErrorDetail) -> None:
+        """End a request whose time is over."""
+        logger.warning("request %s: %s", active.id, error.message)
+        self._withdraw(active)
+        self._end_with_error(active, error)
+        self._finish_if_done(active.job)
+
+    def _expire_all(self, job: ActiveJob, error: ErrorDetail) -> None:
+        """Let what is left of a job fail, for RQ to retry or not, as RQ does on a timeout."""
+        if job.is_ending:
+            return
+        for active in list(job.left.values()):
+            self._withdraw(active)
+            job.failed[active.index] = (active, error)
+        job.left.clear()
         self._finish_if_done(job)
 
     # --- complete ---------------------------------------------------------------------------
@@ -279,10 +246,11 @@ class Runner:
             if active is None or active.request is None:
                 continue  # cancelled or lost meanwhile
             job = active.job
+            active.stop_timer()
             if completion.error is not None and not isinstance(completion.error, RequestError):
                 error = ErrorDetail.of(completion.error)
                 logger.warning("request %s failed: %s", active.id, error.message)
-                job.failed[active.index] = (active, error.message)
+                job.failed[active.index] = (active, error)
                 del job.left[active.index]
                 self._finish_if_done(job)
                 continue
@@ -359,11 +327,13 @@ class Runner:
     def finish(self, job: ActiveJob) -> None:
         """End a job with success."""
         job.is_ending = True
-        self._publisher.finish(job.lease, json.dumps(_return_value(job)).encode())
+        self._publisher.finish(job.lease, job.return_value())
 
     def ended(self, lease: Lease) -> None:
         """Let go of a job whose end is in Redis."""
-        self.active.pop(lease.execution_id, None)
+        job = self.active.pop(lease.execution_id, None)
+        if job is not None:
+            job.stop_timer()
         self._freed.set()
         if not self.active:
             self.idle.set()
@@ -386,10 +356,10 @@ class Runner:
         lease, run = job.lease, job.run
         has_retries = lease.number("retries_left", 0) > 0
         requests = job.take_failed()
-        reason = next(why for _, why in job.failed.values())
+        reason = next(why.message for _, why in job.failed.values())
         if run is not None and not has_retries:
             for active, why in list(job.failed.values()):
-                self._end_with_error(active, ErrorDetail(code=INTERNAL, message=why))
+                self._end_with_error(active, why)
         if run is None or job.size == 1:
             self.fail(job, reason, may_retry=True)
             return
@@ -444,6 +414,7 @@ class Runner:
             self._withdraw(active)
 
     def _withdraw(self, active: ActiveRequest) -> None:
+        active.stop_timer()
         if self._requests.pop(active.key, None) is not None:
             self._engine.cancel(active.key)
             self._freed.set()
@@ -481,11 +452,3 @@ class Runner:
             if job.run in found.cancelled:
                 self.cancel(job)
             self._finish_if_done(job)
-
-
-def _return_value(job: ActiveJob) -> object:
-    """What RQ shows as the job's return value: the result itself where there is no run."""
-    if job.run is not None:
-        return {"run": job.run, "requests": job.size}
-    values = [result.model_dump(mode="json") for result in job.results]
-    return values[0] if len(values) == 1 else values

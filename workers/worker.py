@@ -19,6 +19,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from queue_api.connection import CONNECTION_LOST, check_server, connect, connect_async, friendly
 from queue_api.errors import ConfigurationError
 from queue_api.jobs import GenerateJob, GenerateQueue
+from workers.active import ActiveJob
 from workers.checkpoints import Checkpoints
 from workers.commands import listen_for_commands
 from workers.doorbell import Doorbell
@@ -29,7 +30,7 @@ from workers.maintenance import Maintenance
 from workers.publisher import Publisher
 from workers.reclaim import Reclaimer, alone_after
 from workers.rq_handlers import RQHandlers
-from workers.runner import ActiveJob, Runner, patiently
+from workers.runner import Runner, patiently
 from workers.scripts import Scripts
 from workers.settings import WorkerSettings
 from workers.splitting import Because
