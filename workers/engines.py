@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from engine.demo_model import DEMO_MODEL_PATH
 from queue_api.errors import MissingExtraError
 from workers.engine_loop import Engine
 from workers.noop_engine import ECHO_PREFIX, EchoEngine
 from workers.settings import DEMO_MODEL, WorkerSettings
 
-__all__ = ["load_engine"]
+__all__ = ["load_engine", "require_packages"]
+
+
+def require_packages(model: str) -> None:
+    """Look whether what runs this model is installed, without importing it.
+
+    :raises MissingExtraError: torch or transformers isn't
+    """
+    if model.startswith(ECHO_PREFIX):
+        return
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"{package} isn't installed; workers need it: pip install 'batchmill[worker]'"
+            )
 
 
 def load_engine(settings: WorkerSettings) -> Engine:
@@ -19,15 +35,10 @@ def load_engine(settings: WorkerSettings) -> Engine:
     """
     if settings.model.startswith(ECHO_PREFIX):
         return EchoEngine.from_name(settings.model)
-    try:
-        from engine.config import EngineConfig
-        from engine.engine import Engine as TorchEngine
-    except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in ("engine", "queue_api"):
-            raise
-        raise MissingExtraError(
-            f"a worker needs {error.name}; run: pip install 'batchmill[worker]'"
-        ) from None
+    require_packages(settings.model)
+    from engine.config import EngineConfig
+    from engine.engine import Engine as TorchEngine
+
     config = EngineConfig(
         model=str(DEMO_MODEL_PATH) if settings.model == DEMO_MODEL else settings.model,
         revision=settings.revision,

@@ -1,7 +1,7 @@
-"""What a worker does with its jobs: claim, feed the engine, publish, give back.
+"""What a worker does with the jobs it holds: feed the engine, publish, end early, give back.
 
-One asyncio task claims and one renews leases; everything else happens in callbacks. A job is
-held from its claim until Redis has confirmed its end, and its lease is renewed all the while.
+All of it happens on the event loop, in callbacks; only leases are renewed by a task. A job is held
+from its claim until Redis has confirmed its end, and its lease is renewed all the while.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import redis.asyncio as aredis
 from redis.exceptions import RedisError
 
-from queue_api.connection import CONNECTION_LOST
 from queue_api.errors import InvalidRequestError, RequestError
-from queue_api.jobs import JobPayloadError, decode_chunk, parse_item
-from queue_api.schemas import ErrorDetail, FinishReason, GenerationResult
+from queue_api.jobs import parse_item
+from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
 from workers.active import ActiveJob, ActiveRequest
 from workers.checkpoints import Checkpoints, Place
-from workers.doorbell import Doorbell
 from workers.engine_loop import Completion, EngineLoop
 from workers.leases import Lease, Leases
 from workers.outcomes import CANCELLED, TIMEOUT, result_of, time_limit
@@ -29,27 +27,12 @@ from workers.publisher import Publisher, Unwritten, stamp
 from workers.run_lookup import look_up
 from workers.splitting import Because
 
-__all__ = ["Ends", "Runner", "patiently"]
+__all__ = ["Ends", "Runner"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-SUSPENDED_S = 0.5
-"""How often to look whether a suspension has ended."""
-OUTAGE_S = 1.0
 CANCELED, DELETED = "canceled", ""
 """Status, as RQ writes it, of a job that nobody wants any more."""
-
-
-async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Try until Redis answers, however long it is away; `attempt` must bear being repeated."""
-    while True:
-        try:
-            return await attempt()
-        except CONNECTION_LOST as error:
-            logger.warning("Redis is away (%s); the model stays loaded", error)
-            await asyncio.sleep(OUTAGE_S)
 
 
 class Ends(Protocol):
@@ -73,7 +56,6 @@ class Runner:
         engine: EngineLoop,
         *,
         worker_name: str,
-        capacity: int,
         checkpoints: Checkpoints,
         ends: Ends,
     ) -> None:
@@ -82,7 +64,6 @@ class Runner:
         self._publisher = publisher
         self._engine = engine
         self._worker_name = worker_name
-        self._capacity = capacity
         self._checkpoints = checkpoints
         self._ends = ends
         self._loop = asyncio.get_running_loop()
@@ -93,106 +74,34 @@ class Runner:
         """Set while no job is held."""
         self.idle.set()
         self._requests: dict[str, ActiveRequest] = {}
-        self._freed = asyncio.Event()
-        self._may_hold_unknown = False
-        self._is_closing = False
+        self.freed = asyncio.Event()
+        """Set when room may have come free."""
         self._saving: asyncio.Task[None] | None = None
 
-    # --- claim ------------------------------------------------------------------------------
+    # --- begin ------------------------------------------------------------------------------
 
-    async def claim_forever(self, doorbell: Doorbell) -> None:
-        """Keep the engine supplied until told to stop."""
-        while not self._is_closing:
-            try:
-                await self._claim_once(doorbell)
-            except CONNECTION_LOST as error:
-                logger.warning("Redis is away (%s); the model stays loaded", error)
-                # the claim may have been carried out although its answer got lost
-                self._may_hold_unknown = True
-                await asyncio.sleep(OUTAGE_S)
+    @property
+    def num_requests(self) -> int:
+        """How many requests the engine has."""
+        return len(self._requests)
 
-    def stop_claiming(self) -> None:
-        """Let `claim_forever` return once it has started what it has."""
-        self._is_closing = True
-        self._freed.set()
-
-    async def _claim_once(self, doorbell: Doorbell) -> None:
-        if self._may_hold_unknown:
-            await self._leases.release_unknown(self.active)
-            self._may_hold_unknown = False
-        want = self._capacity - len(self._requests)
-        if any(self._leases.runs_alone(job.lease) for job in self.active.values()):
-            want = 0
-        if want <= 0:
-            await self._something_ends()
-            return
-        claim = await self._leases.claim(want, held=len(self.active))
-        self.is_suspended = claim.is_suspended
-        if claim.leases:
-            await self._take(claim.leases)
-        elif claim.is_suspended:
-            await asyncio.sleep(SUSPENDED_S)
-        elif claim.waits_for_idle:
-            await self._something_ends()
-        else:
-            await doorbell.wait()
-
-    async def _something_ends(self) -> None:
-        self._freed.clear()
-        if self.active and not self._is_closing:
-            await self._freed.wait()
-
-    async def _take(self, leases: Sequence[Lease]) -> None:
-        """Hold these jobs, leave out what has a result already, and start the rest."""
+    def hold(self, leases: Sequence[Lease]) -> list[ActiveJob]:
+        """Remember claimed jobs, so that their leases are renewed."""
         jobs = [ActiveJob(lease, lease.enqueued_at) for lease in leases]
         self.active |= {job.lease.execution_id: job for job in jobs}
         self.idle.clear()
-        readable = [job for job in jobs if self._read(job)]
-        runs = sorted({job.run for job in readable if job.run is not None})
-        ran_before: dict[str, list[int]] = {}
-        for job in readable:
-            if job.run is not None and not job.lease.is_first:
-                ran_before.setdefault(job.run, []).extend(job.left)
-        found = await patiently(lambda: look_up(self._connection, runs, ran_before))
-        begun = [
-            active.place
-            for job in readable
-            if not job.lease.is_first
-            for active in job.left.values()
-        ]
-        partial = await patiently(lambda: self._checkpoints.load(begun))
-        for job in readable:
-            if job.lease.execution_id not in self.active:
-                continue  # lost while Redis was away
-            for index in found.done.get(job.run or "", ()):
-                job.left.pop(index, None)
-            if job.run in found.cancelled:
-                self._cancel_requests(job)
-            if job.run is not None and job.lease.deaths > 0 and len(job.left) > 1:
-                job.is_ending = True
-                self._ends.split(job, job.run, job.take_left(), Because.SUSPECT)
-            else:
-                self._start(job, partial)
+        return jobs
 
-    def _read(self, job: ActiveJob) -> bool:
-        lease = job.lease
-        try:
-            chunk = decode_chunk(lease.job_id, lease.fields.get("data", b""))
-        except JobPayloadError as error:
-            self.fail(job, str(error), may_retry=False)
-            return False
-        except InvalidRequestError as error:
-            chunk = None
-            refused = ActiveRequest(job, 0, {"id": lease.job_id})
-            job.left[0] = refused
-            self._end_with_error(refused, ErrorDetail.of(error))
-        if chunk is not None:
-            job.run = chunk.run
-            job.left = {index: ActiveRequest(job, index, item) for index, item in chunk.items}
-        job.size = len(job.left)
-        return True
+    def refuse(self, active: ActiveRequest, error: ErrorDetail) -> None:
+        """End a request that never began, and its job if it was the last."""
+        self._end_with_error(active, error)
+        self._finish_if_done(active.job)
 
-    def _start(self, job: ActiveJob, partial: Mapping[Place, list[int]]) -> None:
+    def start(self, job: ActiveJob, partial: Mapping[Place, list[int]]) -> None:
+        """Give the engine what is left of a job.
+
+        :param partial: tokens that earlier attempts have kept
+        """
         for active in list(job.left.values()):
             try:
                 active.request = parse_item(active.item)
@@ -200,25 +109,35 @@ class Runner:
                 self._end_with_error(active, ErrorDetail.of(error))
                 continue
             active.item = None
-            if (limit := time_limit(active.request)) is not None:
-                if limit.seconds <= 0:
-                    self._end_with_error(active, limit.error)
-                    continue
-                active.timer = self._loop.call_later(
-                    limit.seconds, self._expire, active, limit.error
-                )
-            self._requests[active.key] = active
-            seed_key = f"{job.run or job.lease.job_id}/{active.id}"
-            # the last token is never partial: the engine has to end the text itself
-            generated = partial.get(active.place, [])[: active.request.sampling.max_tokens - 1]
-            if generated:
-                logger.info("request %s goes on behind %d tokens", active.id, len(generated))
-            self._engine.add(active.key, active.request, seed_key=seed_key, generated=generated)
+            if self._set_timer(active, active.request):
+                self._add(active, active.request, partial.get(active.place, []))
         if (timeout_s := job.lease.number("timeout", 0)) > 0:
             why = f"took longer than the job's timeout of {timeout_s} s"
             overtime = ErrorDetail(code=TIMEOUT, message=why)
             job.timer = self._loop.call_later(timeout_s, self._expire_all, job, overtime)
         self._finish_if_done(job)
+
+    def _add(
+        self, active: ActiveRequest, request: GenerationRequest, generated: Sequence[int]
+    ) -> None:
+        self._requests[active.key] = active
+        # the last token is never partial: the engine has to end the text itself
+        generated = generated[: request.sampling.max_tokens - 1]
+        if generated:
+            logger.info("request %s goes on behind %d tokens", active.id, len(generated))
+        seed_key = f"{active.place.owner}/{request.id}"
+        self._engine.add(active.key, request, seed_key=seed_key, generated=generated)
+
+    def _set_timer(self, active: ActiveRequest, request: GenerationRequest) -> bool:
+        """False if its time is over already."""
+        limit = time_limit(request)
+        if limit is None:
+            return True
+        if limit.seconds <= 0:
+            self._end_with_error(active, limit.error)
+            return False
+        active.timer = self._loop.call_later(limit.seconds, self._expire, active, limit.error)
+        return True
 
     def _expire(self, active: ActiveRequest, error: ErrorDetail) -> None:
         """End a request whose time is over."""
@@ -257,7 +176,7 @@ class Runner:
             result = result_of(completion, active.request, job.enqueued_at, **self._about(active))
             self._end(active, result, completion.finished_at or time.perf_counter())
             self._finish_if_done(job)
-        self._freed.set()
+        self.freed.set()
 
     def on_progress(self, progress: Mapping[str, Sequence[int]]) -> None:
         """Keep partial texts, unless the last ones are still on their way."""
@@ -334,7 +253,7 @@ class Runner:
         job = self.active.pop(lease.execution_id, None)
         if job is not None:
             job.stop_timer()
-        self._freed.set()
+        self.freed.set()
         if not self.active:
             self.idle.set()
 
@@ -417,7 +336,7 @@ class Runner:
         active.stop_timer()
         if self._requests.pop(active.key, None) is not None:
             self._engine.cancel(active.key)
-            self._freed.set()
+            self.freed.set()
 
     def _cancel_requests(self, job: ActiveJob) -> None:
         for active in list(job.left.values()):
@@ -434,6 +353,11 @@ class Runner:
             self.lose(execution_id, status)
         await self._drop_unwanted()
         return beat.is_known
+
+    def split_suspects(self, job: ActiveJob, run: str) -> None:
+        """Give each request of a chunk that a worker died of a job of its own."""
+        job.is_ending = True
+        self._ends.split(job, run, job.take_left(), Because.SUSPECT)
 
     async def _drop_unwanted(self) -> None:
         """Stop what a client has cancelled: whole runs, and requests answered in our stead."""

@@ -25,12 +25,13 @@ from workers.commands import listen_for_commands
 from workers.doorbell import Doorbell
 from workers.engine_loop import Engine, EngineLoop
 from workers.engines import load_engine
+from workers.intake import Intake, patiently
 from workers.leases import Lease, Leases
 from workers.maintenance import Maintenance
 from workers.publisher import Publisher
 from workers.reclaim import Reclaimer, alone_after
 from workers.rq_handlers import RQHandlers
-from workers.runner import Runner, patiently
+from workers.runner import Runner
 from workers.scripts import Scripts
 from workers.settings import WorkerSettings
 from workers.splitting import Because
@@ -152,12 +153,15 @@ class BatchWorker(BaseWorker):
             self._publisher,
             engine_loop,
             worker_name=self.name,
-            capacity=self._settings.requests_held,
             checkpoints=checkpoints,
             ends=self,
         )
+        self._intake = Intake(
+            connection, leases, checkpoints, self._runner, self._settings.requests_held
+        )
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(signum, self.request_drain)
+        await patiently(scripts.load)  # a user who may not run scripts is to know it now
         doorbell = Doorbell(connection, self.queue_keys())
         engine_loop.start(
             self._runner.on_done,
@@ -176,7 +180,7 @@ class BatchWorker(BaseWorker):
             ),
         ]
         await self._stop.wait()
-        self._runner.stop_claiming()
+        self._intake.stop()
         doorbell.ring()
         await asyncio.wait([claiming], timeout=GOODBYE_S)
         claiming.cancel()
@@ -257,7 +261,7 @@ class BatchWorker(BaseWorker):
 
     async def _claim_forever(self, doorbell: Doorbell, listening: asyncio.Event) -> None:
         await listening.wait()  # a job must be stoppable from its first moment
-        await self._runner.claim_forever(doorbell)
+        await self._intake.claim_forever(doorbell)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -356,7 +360,7 @@ def run_worker(settings: WorkerSettings) -> int:
     try:
         for warning in check_server(connection).warnings():
             logger.warning("%s", warning)
-    except (redis.RedisError, OSError) as error:
+        engine = load_engine(settings)
+        return BatchWorker(settings, engine, connection).serve()
+    except redis.RedisError as error:
         raise friendly(error, settings.redis_url) from None
-    engine = load_engine(settings)
-    return BatchWorker(settings, engine, connection).serve()
