@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["redis_fixture"]
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -54,17 +56,17 @@ def test_base_install_has_no_torch_and_producers_do_without(base_install):
     assert run(base_install / "python", "-c", script).returncode == 0
 
 
-def test_base_install_submits_and_reports(base_install, redis_url, tmp_path):
+def test_base_install_submits_and_reports(base_install, server, connection, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "one"}\n{"prompt": ""}\n')
     batchmill = base_install / "batchmill"
-    submitted = run(batchmill, "submit", rows, "--run", "r1", "--redis-url", redis_url)
+    submitted = run(batchmill, "submit", rows, "--run", "r1", "--redis-url", server.url)
     assert submitted.returncode == 0, submitted.stderr
     assert submitted.stdout.strip() == "r1"
-    status = run(batchmill, "status", "r1", "--json", "--redis-url", redis_url)
+    status = run(batchmill, "status", "r1", "--json", "--redis-url", server.url)
     assert status.returncode == 0, status.stderr
     assert '"total":2' in status.stdout.replace(" ", "")
-    results = run(batchmill, "results", "r1", "--no-follow", "--redis-url", redis_url)
+    results = run(batchmill, "results", "r1", "--no-follow", "--redis-url", server.url)
     assert results.returncode == 3, "the empty prompt has its result, the other row has none yet"
     assert len(results.stdout.splitlines()) == 1
 

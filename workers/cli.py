@@ -23,6 +23,7 @@ from queue_api.command_line import (
 from queue_api.datasets import DEFAULT_WINDOW
 from queue_api.schemas import SamplingParams
 from queue_api.settings import QueueSettings
+from workers.engines import require_packages
 from workers.offline import OfflineRun, run_offline
 from workers.report import sample_table, summary_table
 from workers.settings import DEMO_MODEL, WorkerSettings
@@ -115,6 +116,7 @@ def worker(
         num_threads=threads,
         trust_remote_code=trust_remote_code,
     )
+    require_packages(settings.model)
     raise typer.Exit(run_worker(settings))
 
 

@@ -8,7 +8,6 @@ command again goes on from there.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from rich.console import Console
 
 from queue_api.client import Client
 from queue_api.datasets import DEFAULT_WINDOW, dataset_run_id, run_dataset
-from queue_api.errors import ConfigurationError, MissingExtraError
+from queue_api.errors import ConfigurationError
 from queue_api.redis_server import EmbeddedRedis
 from queue_api.schemas import SamplingParams
 from queue_api.settings import QueueSettings
 from queue_api.summary import Progress, RunSummary
 from workers.cluster import LocalCluster
+from workers.engines import require_packages
 from workers.report import progress_display
 
 __all__ = ["OfflineRun", "run_offline"]
@@ -129,8 +129,4 @@ def _check(job: OfflineRun) -> None:
                 "--workers 0 leaves the work to others: name their --redis-url and --queue"
             )
         return
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"{package} isn't installed; workers need it: pip install 'batchmill[worker]'"
-            )
+    require_packages(job.worker_environment.get("BATCHMILL_MODEL", ""))

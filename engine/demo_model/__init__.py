@@ -8,6 +8,6 @@ is here so that the demo, the tests and the examples run on real text without a 
 from pathlib import Path
 
 DEMO_MODEL_PATH: Path = Path(__file__).resolve().parent / "batchmill-demo"
-"""Folder to give to `from_pretrained`, named as results name the model: config, safetensors, tokenizer and chat template."""
+"""Folder to give to `from_pretrained`; its name is the model's in results."""
 
 __all__ = ["DEMO_MODEL_PATH"]
