@@ -192,6 +192,9 @@ class _DatasetRun:
         )
         self._pending: dict[int, Row] = {}
         """Rows read and not yet written."""
+        self._outstanding = 0
+        """Rows whose request or result may be in Redis: those pending, and those written and not
+        yet trimmed."""
         self._early = dict(opened.waiting)
         """Results whose rows haven't been read yet."""
         self._ready: list[tuple[Row, bytes]] = []
@@ -262,6 +265,7 @@ class _DatasetRun:
             await self._wait_for_room()
             await self._reopen_lost(chunk)
         self._pending[row.index] = row
+        self._outstanding += 1
         if isinstance(row.request, RequestError):
             run = self._opened.run
             failed = GenerationResult.failed(row.id, row.request, run=run, index=row.index)
@@ -270,9 +274,9 @@ class _DatasetRun:
             await self._chunks.put(row.index, row.request)
 
     async def _wait_for_room(self) -> None:
-        if len(self._pending) + self._opened.chunk_size > self._window:
+        if self._outstanding + self._opened.chunk_size > self._window:
             await self._chunks.flush()
-        while len(self._pending) + self._opened.chunk_size > self._window:
+        while self._outstanding + self._opened.chunk_size > self._window:
             self._room.clear()
             await self._room.wait()
 
@@ -297,10 +301,11 @@ class _DatasetRun:
             answered += self._match(entries)
             if answered:
                 await self._write(answered)
-                self._room.set()
             # a result whose row hasn't been read yet is nowhere but in the stream
             if entries and not self._early:
                 await self._store.trim(self._opened.run, entries[-1][0])
+            self._outstanding = len(self._pending)
+            self._room.set()
             if entries or answered:
                 heard_at = time.monotonic()
             elif time.monotonic() - heard_at >= reconcile_s and self._pending:

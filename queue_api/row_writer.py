@@ -88,26 +88,20 @@ class RowWriter:
 
     def _recover(self) -> None:
         self._file.seek(0)
-        good, number = 0, 0
-        for number, line in enumerate(self._file, 1):  # noqa: B007 - used after the loop
-            known = _read_row(line) if line.endswith(b"\n") else None
-            if known is None:
-                break
-            self._note(*known)
-            good += len(line)
-        else:
-            return
-        if self._file.read(1):
-            # a crash tears the last line only
-            raise DatasetError(
-                f"line {number} of {self._path} isn't a row that batchmill wrote; "
-                "choose another output file"
-            )
-        self._file.seek(0, os.SEEK_END)
-        logger.warning(
-            "%s: cut off a torn last line of %d bytes", self._path, self._file.tell() - good
-        )
-        self._file.truncate(good)
+        good = 0
+        for number, line in enumerate(self._file, 1):
+            known = _read_row(line)
+            if known is not None and line.endswith(b"\n"):
+                self._note(*known)
+                good += len(line)
+            elif known is None and not _is_torn(line):
+                raise DatasetError(
+                    f"line {number} of {self._path} isn't a row that batchmill wrote; "
+                    "choose another output file"
+                )
+            else:
+                logger.warning("%s: cut off a torn line of %d bytes", self._path, len(line))
+                self._file.truncate(good)
 
     def _note(self, row: int, request_id: str) -> None:
         if row >= len(self._ids):
@@ -118,6 +112,17 @@ class RowWriter:
 
 def _mark(request_id: str) -> int:
     return zlib.crc32(request_id.encode(errors="replace")) | 1 << 32
+
+
+def _is_torn(line: bytes) -> bool:
+    """True for what a crash may leave of a row at the end of a file; zeros are unwritten blocks."""
+    if line.endswith(b"\n") or not line.startswith((b"{", b"\0")):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _read_row(line: bytes) -> tuple[int, str] | None:
