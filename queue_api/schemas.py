@@ -7,6 +7,7 @@ engine may use it as well as the client.
 from __future__ import annotations
 
 from enum import StrEnum
+from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,8 +16,10 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
+from pydantic_core import to_json
 
 from queue_api.errors import GenerationFailedError, InvalidRequestError, RequestError
 
@@ -32,8 +35,11 @@ __all__ = [
 ]
 
 MAX_ID_CHARS = 256
+MAX_MESSAGES = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 512
+MAX_PROMPT_CHARS = 4 * 2**20
+MAX_METADATA_BYTES = 256 * 2**10
 DEFAULT_MAX_TOKENS = 128
 
 
@@ -43,6 +49,7 @@ def _as_list(value: object) -> object:
 
 
 _Wire = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -64,7 +71,7 @@ class SamplingParams(BaseModel):
 
     model_config = _Wire
 
-    max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, strict=True)
+    max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, lt=2**31, strict=True)
     """At most so many new tokens."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
@@ -78,9 +85,7 @@ class SamplingParams(BaseModel):
         list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOP_STRINGS)
     ] = []
     """Text that ends generation; it isn't part of the result's text."""
-    stop_token_ids: list[Annotated[int, Field(ge=0, strict=True)]] = Field(
-        default=[], max_length=256
-    )
+    stop_token_ids: list[_TokenId] = Field(default=[], max_length=256)
     """Token ids that end generation, besides the model's end-of-text ids."""
     ignore_eos: bool = False
     """Go on past the model's end-of-text token (stop_token_ids still end generation)."""
@@ -92,7 +97,7 @@ class ChatMessage(BaseModel):
     model_config = _Wire
 
     role: str = Field(min_length=1, max_length=64)
-    content: str
+    content: str = Field(max_length=MAX_PROMPT_CHARS)
 
 
 class GenerationRequest(BaseModel):
@@ -101,8 +106,15 @@ class GenerationRequest(BaseModel):
     model_config = _Wire
 
     id: str = Field(min_length=1, max_length=MAX_ID_CHARS)
-    prompt: Annotated[str, Field(min_length=1)] | list[int] | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    prompt: (
+        Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+        | Annotated[list[_TokenId], Field(max_length=MAX_PROMPT_CHARS, fail_fast=True)]
+        | None
+    ) = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
     sampling: SamplingParams = SamplingParams()
     timeout_s: float | None = Field(default=None, gt=0)
     """How long a worker may take for it, waiting its turn in the engine included."""
@@ -112,6 +124,18 @@ class GenerationRequest(BaseModel):
     """Put the generated token ids into the result."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """Comes back untouched in the result."""
+
+    @field_validator("metadata")
+    @classmethod
+    def _can_come_back(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What can't be written into the result is refused here, not found out afterwards."""
+        try:
+            size = len(to_json(metadata)) if metadata else 0
+        except ValueError as error:
+            raise ValueError(f"can't be written as JSON ({str(error)[:80]})") from None
+        if size > MAX_METADATA_BYTES:
+            raise ValueError(f"takes {size} bytes as JSON; the limit is {MAX_METADATA_BYTES}")
+        return metadata
 
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerationRequest:
@@ -127,6 +151,10 @@ class GenerationRequest(BaseModel):
 
         :raises InvalidRequestError: saying which field is wrong, its value, and the limit
         """
+        if isinstance(data, dict) and len(data) > 2 * len(cls.model_fields):
+            raise InvalidRequestError(
+                f"{len(data)} fields; a request has no more than {len(cls.model_fields)}"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -244,9 +272,12 @@ def _field_name(location: tuple[int | str, ...]) -> str:
             name += f"[{part}]"
         elif part.isidentifier() and not (part == "sampling" and name == "") and part not in _TYPES:
             name += f".{part}" if name else part
-    return name
+    return name.encode(errors="backslashreplace").decode()[:MAX_SHOWN_CHARS]
 
 
+MAX_SHOWN_CHARS = 80
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 """pydantic's names of the branches of a union, where they look like fields."""
 _LIMITS = {
@@ -272,7 +303,6 @@ def _complaint(field: str, item: Any) -> str:
         message = _LIMITS[kind].format(**context)
     elif not field:
         return str(message)
-    value = repr(item["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
+    shown = _SHORT.repr(item["input"])
     message = message.replace("Input should be", "must be").replace("dictionary", "object")
     return f"'{field}' is {shown}: {message[0].lower()}{message[1:]}"

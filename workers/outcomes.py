@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from queue_api.schemas import (
+    MAX_ID_CHARS,
     ErrorDetail,
     FinishReason,
     GenerationRequest,
@@ -104,5 +105,5 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
 def request_id(item: object, fallback: str) -> str:
     """The id that a request which can't be parsed gives itself, if it does."""
     if isinstance(item, Mapping) and isinstance(given := item.get("id"), str) and given:
-        return given[:256]
+        return given[:MAX_ID_CHARS].encode(errors="backslashreplace").decode()
     return fallback

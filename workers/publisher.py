@@ -195,12 +195,16 @@ class Publisher:
         ]
         replies = await self._scripts.call_many(calls)
         for reply in replies:
-            if isinstance(reply, Exception):
+            if isinstance(reply, PASSING) or not isinstance(reply, int | ResponseError):
                 raise reply
         for ending, reply in zip(endings, replies, strict=True):
             self._settle(ending, reply)
 
-    def _settle(self, ending: _Ending, reply: int) -> None:
+    def _settle(self, ending: _Ending, reply: int | ResponseError) -> None:
+        if isinstance(reply, ResponseError):
+            # somebody's key of another type in the job's place: RQ's handler buries it
+            logger.error("job %s can't be ended: %s", ending.lease.job_id, reply)
+            reply = LEFT_TO_RQ
         if reply == LEFT_TO_RQ and ending.return_value is not None:
             self._on_left_to_rq(ending.lease, ending.return_value)
             return

@@ -44,8 +44,10 @@ for k = 4, #KEYS, 2 do
       local execution = ARGV[6] .. string.format('%08x', #reply)
       local composite = id .. ':' .. execution
       local executions = prefix .. ':executions:' .. id
+      local claims = tonumber(known[4] or '') or 0
+      claims = claims > 0 and claims < 2 ^ 31 and math.floor(claims) + 1 or 1
       redis.call('HSET', job, 'status', 'started', 'started_at', iso, 'last_heartbeat', iso,
-        'worker_name', name, 'claims', (tonumber(known[4] or '') or 0) + 1)
+        'worker_name', name, 'claims', claims)
       redis.call('PERSIST', job)
       redis.call('HSET', prefix .. ':execution:' .. composite, 'id', execution, 'job_id', id,
         'created_at', stamp, 'last_heartbeat', stamp, 'worker_name', name)

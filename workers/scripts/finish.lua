@@ -15,7 +15,10 @@ if not redis.call('ZSCORE', KEYS[2], composite) then
 end
 local known = redis.call('HMGET', KEYS[1], 'result_ttl', 'repeats_left', 'rate_limit_key',
   'dependency_ids', 'group_id')
-local ttl = tonumber(known[1] or '') or tonumber(ARGV[7])
+local ttl = tonumber(known[1] or '')
+if not ttl or ttl ~= math.floor(ttl) or math.abs(ttl) > 2 ^ 31 then
+  ttl = tonumber(ARGV[7])
+end
 if redis.call('EXISTS', KEYS[9]) == 1 or (tonumber(known[2] or '') or 0) > 0
   or (known[3] or '') ~= '' or (known[4] or '') ~= '' or (ttl == 0 and (known[5] or '') ~= '') then
   return 2

@@ -18,7 +18,8 @@ for _, composite in ipairs(expired) do
   local job = prefix .. ':job:' .. id
   local execution_key = prefix .. ':execution:' .. composite
   local known = redis.call('HMGET', job, 'status', 'deaths', 'worker_name')
-  local deaths = (tonumber(known[2] or '') or 0) + 1
+  local deaths = tonumber(known[2] or '') or 0
+  deaths = deaths > 0 and deaths < 2 ^ 31 and math.floor(deaths) + 1 or 1
   if known[1] == 'started' and deaths >= most_deaths then
     reply[#reply + 1] = id
     reply[#reply + 1] = execution

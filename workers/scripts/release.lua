@@ -12,7 +12,8 @@ end
 redis.call('DEL', KEYS[3])
 redis.call('ZREM', KEYS[4], ARGV[2])
 redis.call('SREM', KEYS[5], composite)
-redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '')
-redis.call('HINCRBY', KEYS[1], 'released', 1)
+local released = tonumber(redis.call('HGET', KEYS[1], 'released') or '') or 0
+released = released > 0 and released < 2 ^ 31 and math.floor(released) + 1 or 1
+redis.call('HSET', KEYS[1], 'status', 'queued', 'worker_name', '', 'released', released)
 redis.call('LPUSH', KEYS[6], ARGV[1])
 return 1
