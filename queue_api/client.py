@@ -11,14 +11,13 @@ from uuid import uuid4
 
 from queue_api.errors import DuplicateRequestError, RunIncompleteError
 from queue_api.interactive import Interactive
-from queue_api.jobs import request_from_fields
 from queue_api.reader import ResultReader
 from queue_api.run_handle import Run
 from queue_api.runs import RunStatus, check_run_id, is_run_id
 from queue_api.schemas import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
 from queue_api.settings import QueueSettings
 from queue_api.store import RunStore
-from queue_api.submission import Requests, Submission, fingerprint
+from queue_api.submission import Requests, Submission, as_request, fingerprint
 
 __all__ = ["Client", "Run"]
 
@@ -112,7 +111,7 @@ class Client:
             fields["metadata"] = dict(metadata)
         if return_token_ids:
             fields["return_token_ids"] = True
-        request = request_from_fields(fields)
+        request = as_request(fields, 0)
         async with asyncio.timeout(timeout):
             if id is None:
                 return await self._interactive.generate(request)

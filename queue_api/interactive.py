@@ -28,6 +28,8 @@ FULL_PAUSE_S = 0.05
 class _Pending:
     request: GenerationRequest
     future: asyncio.Future[GenerationResult]
+    sent: bool = False
+    """On the queue, or was: if it isn't there now, it got lost."""
 
 
 class Interactive:
@@ -44,6 +46,7 @@ class Interactive:
         self._pending: dict[int, _Pending] = {}
         self._unsent: list[int] = []
         self._withdrawn: set[int] = set()
+        self._closed = False
         self._next = 0
         self._opening = asyncio.Lock()
         self._receiver: asyncio.Task[None] | None = None
@@ -68,6 +71,7 @@ class Interactive:
 
     async def close(self) -> None:
         """Give up on what is pending and forget the run."""
+        self._closed = True
         tasks = [*self._background, *([self._receiver] if self._receiver else [])]
         for task in tasks:
             task.cancel()
@@ -80,6 +84,8 @@ class Interactive:
                 await self._store.delete(self._run)
 
     def _start(self, work: Callable[..., Coroutine[None, None, None]], *args: int) -> None:
+        if self._closed:
+            return
         task = asyncio.create_task(work(*args))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -89,9 +95,14 @@ class Interactive:
         try:
             await self._listen()
             await self._enqueue(indexes)
-        except BatchmillError as error:
+        except Exception as error:  # whoever waits has to hear of it, whatever it is
             for index in indexes:
                 self._fail(index, error)
+
+    async def _send_again(self, indexes: Sequence[int]) -> None:
+        self._unsent += [i for i in indexes if i in self._pending]
+        # in a task of its own: a full queue mustn't keep us from receiving
+        self._start(self._send)
 
     async def _listen(self) -> None:
         async with self._opening:
@@ -112,6 +123,9 @@ class Interactive:
                 for i in indexes
             ]
             returned = await self._store.enqueue(calls)
+            for index, answer in zip(indexes, returned, strict=True):
+                if index in self._pending:
+                    self._pending[index].sent = answer != QUEUE_FULL
             indexes = [i for i, r in zip(indexes, returned, strict=True) if r == QUEUE_FULL]
             if indexes and not self._wait_when_full:
                 error = QueueFullError(f"queue {template.queue.name!r} is full; try again later")
@@ -122,7 +136,7 @@ class Interactive:
 
     async def _receive(self, subscription: Subscription) -> None:
         reconcile_s = self._store.settings.reconcile_s
-        sweeper = Reconciler(self._store, self._run, self._id_of, self._enqueue)
+        sweeper = Reconciler(self._store, self._run, self._id_of, self._send_again)
         swept_at = time.monotonic()
         try:
             while True:
@@ -134,11 +148,11 @@ class Interactive:
                 if time.monotonic() - swept_at >= reconcile_s:
                     swept_at = time.monotonic()
                     if self._pending:
-                        await sweeper.sweep([i for i in self._pending if i not in self._unsent])
-        except BatchmillError as error:
+                        await sweeper.sweep([i for i, p in self._pending.items() if p.sent])
+        except Exception as error:  # as above
+            self._receiver = None
             for index in list(self._pending):
                 self._fail(index, error)
-            self._receiver = None
         finally:
             subscription.close()
 
@@ -148,7 +162,7 @@ class Interactive:
             return
         pending.future.set_result(parse_result(self._run, index, raw))
 
-    def _fail(self, index: int, error: BatchmillError) -> None:
+    def _fail(self, index: int, error: Exception) -> None:
         pending = self._pending.get(index)
         if pending is not None and not pending.future.done():
             pending.future.set_exception(error)

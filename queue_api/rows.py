@@ -16,12 +16,21 @@ from queue_api.lines import MAX_LINE_BYTES, read_lines
 from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams
 from queue_api.submission import as_request, request_id
 
-__all__ = ["OUTPUT_COLUMNS", "Row", "RowParser", "dump_row", "output_row", "read_jsonl"]
+__all__ = [
+    "OUTPUT_COLUMNS",
+    "REQUEST_COLUMNS",
+    "Row",
+    "RowParser",
+    "dump_row",
+    "output_row",
+    "read_jsonl",
+]
 
 logger = logging.getLogger(__name__)
 
 REQUEST_COLUMNS = frozenset(
-    {"id", "prompt", "messages", "sampling", "return_token_ids", *SamplingParams.model_fields}
+    # a column `metadata` is the user's like any other, and comes back as such
+    {*GenerationRequest.model_fields, *SamplingParams.model_fields} - {"metadata"}
 )
 OUTPUT_COLUMNS = (
     "row",

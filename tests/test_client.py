@@ -294,7 +294,9 @@ def test_a_wrong_parameter_is_told_before_anything_is_sent(
 ) -> None:
     async def main() -> None:
         async with Client(settings=settings) as client:
-            for wrong in ({"max_tokens": 0}, {"topk": 3}, {"messages": [{"role": "user"}]}):
+            unsayable = {"metadata": {"x": object()}}
+            wrongs = [{"max_tokens": 0}, {"topk": 3}, {"messages": [{"role": "user"}]}, unsayable]
+            for wrong in wrongs:
                 with pytest.raises(InvalidRequestError):
                     await client.generate("x", **wrong)  # type: ignore[arg-type]
             with pytest.raises(InvalidRequestError, match="run id"):
