@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from queue_api.schemas import (
     MAX_ID_CHARS,
     ErrorDetail,
-    FinishReason,
     GenerationRequest,
     GenerationResult,
     JobTimings,
@@ -41,6 +41,8 @@ class TimeLimit:
 
 def time_limit(request: GenerationRequest) -> TimeLimit | None:
     """The nearer of a request's timeout and deadline, if it has one."""
+    if request.timeout_s is None and request.deadline is None:
+        return None
     limits = []
     if request.timeout_s is not None:
         message = f"took longer than its timeout_s of {request.timeout_s:g}"
@@ -54,32 +56,36 @@ def time_limit(request: GenerationRequest) -> TimeLimit | None:
 
 
 def result_of(
-    completion: Completion, request: GenerationRequest, enqueued_at: float, **about: object
+    completion: Completion,
+    error: ErrorDetail | None,
+    request: GenerationRequest | None,
+    enqueued_at: float,
+    about: Mapping[str, Any],
 ) -> GenerationResult:
-    """The result of one request, all but the time to write it.
+    """The result of one request, to be written now.
 
+    Its parts are checked or our own already, so pydantic needn't look at them again.
+
+    :param request: None if it couldn't be read
     :param enqueued_at: epoch seconds
-    :param about: run, index, model, model_revision, worker, attempt
+    :param about: id, run, index, model, model_revision, worker, attempt
     """
-    error = None if completion.error is None else ErrorDetail.of(completion.error)
-    return GenerationResult.model_validate(
-        {
-            **about,
-            "id": request.id,
-            "text": completion.text,
-            "token_ids": list(completion.token_ids) if request.return_token_ids else None,
-            "finish_reason": FinishReason.ERROR if error else completion.finish_reason,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-            "error": error,
-            "timings": timings_of(completion, enqueued_at),
-            "metadata": request.metadata,
-        }
+    with_tokens = request is not None and request.return_token_ids
+    return GenerationResult.model_construct(
+        **about,
+        text=completion.text,
+        token_ids=list(completion.token_ids) if with_tokens else None,
+        finish_reason=completion.finish_reason,
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        error=error,
+        timings=timings_of(completion, enqueued_at),
+        metadata=request.metadata if request is not None else {},
     )
 
 
 def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
-    """Where the time went until the engine was done; what didn't happen takes no time.
+    """Where the time went until now; what didn't happen takes no time.
 
     :param enqueued_at: epoch seconds, of another host's clock: clamped, never negative
     """
@@ -90,12 +96,14 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
     queue_s = max(0.0, epoch_s - (now_s - admitted_at) - enqueued_at)
     prefill_s = max(0.0, first_at - admitted_at)
     decode_s = max(0.0, ended_at - first_at)
+    publish_s = max(0.0, now_s - ended_at)
     num_tokens = completion.completion_tokens
-    return JobTimings(
+    return JobTimings.model_construct(
         queue_s=queue_s,
         prefill_s=prefill_s,
         decode_s=decode_s,
-        total_s=queue_s + prefill_s + decode_s,
+        publish_s=publish_s,
+        total_s=queue_s + prefill_s + decode_s + publish_s,
         time_to_first_token_s=queue_s + prefill_s if completion.first_token_at else None,
         inter_token_s=decode_s / (num_tokens - 1) if num_tokens > 1 else None,
         stage_s=completion.stage_s,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,27 +37,13 @@ PASSING = (*CONNECTION_LOST, OutOfMemoryError)
 """Errors after which writing the same again may work."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Unwritten:
     """A result on its way to its run."""
 
     run: str
-    result: GenerationResult
-    ended_at: float
-    """`time.perf_counter` seconds."""
-
-    def stamped(self) -> GenerationResult:
-        """The result, with the time it waited to be written."""
-        return stamp(self.result, self.ended_at)
-
-
-def stamp(result: GenerationResult, ended_at: float) -> GenerationResult:
-    """Add the time since `ended_at` (`time.perf_counter` seconds) as publish_s."""
-    timings = result.timings
-    publish_s = max(0.0, time.perf_counter() - ended_at)
-    total_s = timings.queue_s + timings.prefill_s + timings.decode_s + publish_s
-    stamped = timings.model_copy(update={"publish_s": publish_s, "total_s": total_s})
-    return result.model_copy(update={"timings": stamped})
+    make: Callable[[], GenerationResult]
+    """Builds it when it is written, for it tells how long that took."""
 
 
 @dataclass(slots=True)
@@ -172,7 +157,7 @@ class Publisher:
         calls: list[ScriptCall] = []
         by_run = groupby(sorted(batch, key=lambda unwritten: unwritten.run), lambda one: one.run)
         for run, group in by_run:
-            results = [unwritten.stamped() for unwritten in group]
+            results = [unwritten.make() for unwritten in group]
             for start in range(0, len(results), MOST_RESULTS_PER_CALL):
                 part = results[start : start + MOST_RESULTS_PER_CALL]
                 calls.append(("emit", RunKeys.of(run), emit_args(part, self._run_ttl_s)))

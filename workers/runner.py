@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import redis.asyncio as aredis
 from redis.exceptions import RedisError
 
 from queue_api.errors import InvalidRequestError, RequestError
 from queue_api.jobs import parse_item
-from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
+from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest
 from workers.active import ActiveJob, ActiveRequest
 from workers.checkpoints import Checkpoints, Place
-from workers.engine_loop import Completion, EngineLoop
+from workers.engine_loop import Completion, EngineLoop, Refusal
 from workers.leases import Lease, Leases
 from workers.outcomes import CANCELLED, TIMEOUT, result_of, time_limit
-from workers.publisher import Publisher, Unwritten, stamp
+from workers.publisher import Publisher, Unwritten
 from workers.run_lookup import look_up
 from workers.splitting import Because
 
@@ -97,10 +97,10 @@ class Runner:
         self._end_with_error(active, error)
         self._finish_if_done(active.job)
 
-    def start(self, job: ActiveJob, partial: Mapping[Place, list[int]]) -> None:
+    def start(self, job: ActiveJob, begun: Mapping[Place, list[int]]) -> None:
         """Give the engine what is left of a job.
 
-        :param partial: tokens that earlier attempts have kept
+        :param begun: tokens that earlier attempts have kept
         """
         for active in list(job.left.values()):
             try:
@@ -110,7 +110,7 @@ class Runner:
                 continue
             active.item = None
             if self._set_timer(active, active.request):
-                self._add(active, active.request, partial.get(active.place, []))
+                self._add(active, active.request, begun.get(active.place, []))
         if (timeout_s := job.lease.number("timeout", 0)) > 0:
             why = f"took longer than the job's timeout of {timeout_s} s"
             overtime = ErrorDetail(code=TIMEOUT, message=why)
@@ -167,14 +167,14 @@ class Runner:
             job = active.job
             active.stop_timer()
             if completion.error is not None and not isinstance(completion.error, RequestError):
-                error = ErrorDetail.of(completion.error)
-                logger.warning("request %s failed: %s", active.id, error.message)
-                job.failed[active.index] = (active, error)
+                failure = ErrorDetail.of(completion.error)
+                logger.warning("request %s failed: %s", active.id, failure.message)
+                job.failed[active.index] = (active, failure)
                 del job.left[active.index]
                 self._finish_if_done(job)
                 continue
-            result = result_of(completion, active.request, job.enqueued_at, **self._about(active))
-            self._end(active, result, completion.finished_at or time.perf_counter())
+            error = None if completion.error is None else ErrorDetail.of(completion.error)
+            self._end(active, completion, error)
             self._finish_if_done(job)
         self.freed.set()
 
@@ -203,37 +203,32 @@ class Runner:
         if keys := self._checkpoints.forgetting(places):
             self._publisher.delete_after_results(keys)
 
-    def _about(self, active: ActiveRequest) -> dict[str, Any]:
-        return {
-            "run": active.job.run,
-            "index": active.index,
-            "model": self._engine.engine.model_name,
-            "model_revision": self._engine.engine.model_revision,
-            "worker": self._worker_name,
-            "attempt": active.job.lease.attempt,
-        }
-
     def _end_with_error(
         self, active: ActiveRequest, error: ErrorDetail, *, cancelled: bool = False
     ) -> None:
         reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
-        result = GenerationResult(
-            id=active.id,
-            finish_reason=reason,
-            error=error,
-            metadata=active.request.metadata if active.request else {},
-            **self._about(active),
-        )
-        self._end(active, result, time.perf_counter())
+        self._end(active, Refusal(active.key, None, finish_reason=reason), error)
 
-    def _end(self, active: ActiveRequest, result: GenerationResult, ended_at: float) -> None:
+    def _end(
+        self, active: ActiveRequest, completion: Completion, error: ErrorDetail | None
+    ) -> None:
         job = active.job
         job.left.pop(active.index, None)
         self._forget_partial([active.place])
+        about = {
+            "id": active.id,
+            "run": job.run,
+            "index": active.index,
+            "model": self._engine.engine.model_name,
+            "model_revision": self._engine.engine.model_revision,
+            "worker": self._worker_name,
+            "attempt": job.lease.attempt,
+        }
+        make = partial(result_of, completion, error, active.request, job.enqueued_at, about)
         if job.run is None:
-            job.results.append(stamp(result, ended_at))
+            job.results.append(make())
         else:
-            self._publisher.add_result(Unwritten(job.run, result, ended_at))
+            self._publisher.add_result(Unwritten(job.run, make))
 
     def _finish_if_done(self, job: ActiveJob) -> None:
         if job.left or job.is_ending:
