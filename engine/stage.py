@@ -24,6 +24,7 @@ from engine.attention import ATTENTION_NAME, AttentionCall, attending
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.kv_cache import KVPool, KVShape
+from engine.packed_linear import can_pack, pack_linears
 from engine.partition import StageSpec
 from engine.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
 from engine.slicing import find_layers, forward_parameters, load_slice
@@ -77,9 +78,17 @@ class Stage:
 
         :raises UnsupportedModelError: if neither way gives what the model itself gives
         """
-        model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
-        stage = cls(model, spec, use_cache=use_cache)
-        stage.choose_mode()
+        for pack in (True, False) if can_pack(torch.device(spec.device), dtype) else (False,):
+            model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
+            stage = cls(model, spec, use_cache=use_cache)
+            try:
+                stage.choose_mode(pack_weights=pack)
+            except UnsupportedModelError:
+                if not pack:
+                    raise
+                continue
+            if stage.mode == "packed":
+                break
         return stage
 
     @property
@@ -193,9 +202,10 @@ class Stage:
     # --------------------------------------------------------------------------- the choice
 
     @torch.inference_mode()
-    def choose_mode(self) -> None:
+    def choose_mode(self, *, pack_weights: bool = False) -> None:
         """Compare both ways with the model's own forward on a short probe; keep the first right.
 
+        :param pack_weights: lay out the weights for the CPU once the model's own output is known
         :raises UnsupportedModelError: if neither is
         """
         inbound = self._probe_input()
@@ -203,6 +213,8 @@ class Stage:
         ones = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=self.device)
         expected = self._forward(inbound, positions[None], positions, attention_mask=ones)
         expected = expected.reshape(PROBE_LENGTH, -1)[CHECKED_ROWS]
+        if pack_weights:
+            pack_linears(self.model)
         reasons = []
         for mode in ("packed", "single"):
             try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from engine_models import CONFIGS, LAYERS, make_model, tiny_model
+from engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.packed_linear import PackedLinear, can_pack, pack_linears
+from engine.partition import plan_partition
+from engine.slicing import load_config, load_slice
 from queue_api.errors import (
     ConfigurationError,
     ModelNotFoundError,
@@ -21,8 +25,13 @@ from queue_api.errors import (
 )
 
 
-def parameter_names(stage) -> set[str]:
-    return {name for name, _ in stage.model.named_parameters()}
+def slices(folder: Path, num_stages: int, bounds: tuple[int, ...] | None = None) -> list:
+    """(spec, loaded model) of each stage, before anything is made of the weights."""
+    checkpoint = Checkpoint.find(str(folder))
+    config = load_config(checkpoint)
+    strategy = "custom" if bounds else "uniform"
+    plan = plan_partition(LAYERS, ["cpu"] * num_stages, strategy, bounds)
+    return [(s, load_slice(checkpoint, config, s, torch.float32)) for s in plan.stages]
 
 
 @pytest.fixture
@@ -35,9 +44,8 @@ def copy_of_llama(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_stages_hold_each_weight_once(name: str) -> None:
     model = tiny_model(name)
-    engine = model.engine(devices=("cpu",) * 3)
     tied = model.reference.config.tie_word_embeddings
-    counts = [sum(p.numel() for p in stage.model.parameters()) for stage in engine.stages]
+    counts = [sum(p.numel() for p in part.parameters()) for _, part in slices(model.folder, 3)]
     extra = model.reference.get_input_embeddings().weight.numel() if tied else 0
     if name == "gpt2":  # learned positions are part of every stage's forward
         extra += 2 * model.reference.transformer.wpe.weight.numel()
@@ -45,22 +53,19 @@ def test_stages_hold_each_weight_once(name: str) -> None:
 
 
 def test_a_stage_has_no_layer_of_another() -> None:
-    engine = tiny_model("llama").engine(
-        devices=("cpu",) * 3, partition="custom", layer_bounds=(1, 4)
-    )
-    reference = dict(tiny_model("llama").reference.named_parameters())
-    for stage in engine.stages:
-        names = parameter_names(stage)
-        assert ("model.embed_tokens.weight" in names) == stage.spec.is_first
-        assert ("lm_head.weight" in names) == stage.spec.is_last
-        assert ("model.norm.weight" in names) == stage.spec.is_last
+    model = tiny_model("llama")
+    for spec, part in slices(model.folder, 3, (1, 4)):
+        names = {name for name, _ in part.named_parameters()}
+        assert ("model.embed_tokens.weight" in names) == spec.is_first
+        assert ("lm_head.weight" in names) == spec.is_last
+        assert ("model.norm.weight" in names) == spec.is_last
         layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
-        assert layers == {str(i) for i in range(stage.spec.num_layers)}
-        for i in range(stage.spec.num_layers):
-            name = "self_attn.q_proj.weight"
-            own = stage.model.get_parameter(f"model.layers.{i}.{name}")
-            layer = stage.spec.first_layer + i
-            assert torch.equal(own, reference[f"model.layers.{layer}.{name}"])
+        assert layers == {str(i) for i in range(spec.num_layers)}
+        for i in range(spec.num_layers):
+            own = part.model.layers[i].state_dict()
+            expected = model.reference.model.layers[spec.first_layer + i].state_dict()
+            assert own.keys() == expected.keys()
+            assert all(torch.equal(own[name], expected[name]) for name in own)
 
 
 def test_a_stage_loads_without_the_files_of_the_others(tmp_path) -> None:
@@ -74,19 +79,15 @@ def test_a_stage_loads_without_the_files_of_the_others(tmp_path) -> None:
     for file in others:
         (tmp_path / file).unlink()
 
-    from engine.partition import plan_partition
-    from engine.slicing import load_config
-    from engine.stage import Stage
-
     checkpoint = Checkpoint.find(str(tmp_path))
     config = load_config(checkpoint)
     plan = plan_partition(LAYERS, ["cpu"] * 3)
-    stage = Stage.load(checkpoint, config, plan.stages[1], torch.float32)
-    loaded = stage.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    part = load_slice(checkpoint, config, plan.stages[1], torch.float32)
+    loaded = part.get_parameter("model.layers.1.mlp.up_proj.weight")
     expected = model.reference.get_parameter("model.layers.3.mlp.up_proj.weight")
     assert torch.equal(loaded, expected)
     with pytest.raises(ModelNotFoundError, match="can't read it"):
-        Stage.load(checkpoint, config, plan.stages[0], torch.float32)
+        load_slice(checkpoint, config, plan.stages[0], torch.float32)
 
 
 def test_a_weight_that_is_missing_is_not_made_up(copy_of_llama) -> None:
@@ -153,6 +154,37 @@ def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(stage.Stage, "_probe", off)
     with pytest.raises(UnsupportedModelError, match=r"packed: output is off by .*single: output"):
         tiny_model("llama").engine()
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_linears_compute_what_they_replace(bias: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8))
+    rows = torch.randn(1, 13, 24, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(rows)
+        pack_linears(model)
+        found = model(rows)
+    assert all(isinstance(module, PackedLinear) for module in model)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_that_reads_packed_weights_runs_with_plain_ones(monkeypatch) -> None:
+    """Its own forward goes around the packed module; the check at load has to see that."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.nn.functional.linear(x, self.gate_proj.weight)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    expected = tiny_model("llama").greedy([9, 8, 7])
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    engine = tiny_model("llama").engine()
+    modules = list(engine.stages[0].model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in modules)
+    assert engine.generate(requests([[9, 8, 7]]))[0].token_ids == expected
 
 
 def test_more_stages_than_layers_are_refused() -> None:
