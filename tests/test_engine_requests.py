@@ -165,9 +165,8 @@ def test_messages_without_a_template_are_refused(monkeypatch, engine: Engine) ->
     assert "no chat template" in message
 
 
-@pytest.mark.parametrize("token", [VOCAB, -1])
-def test_token_ids_outside_the_vocabulary_are_refused(engine: Engine, token: int) -> None:
-    assert f"token id {token}" in refusal(engine, prompt=[5, token, 6])
+def test_token_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
+    assert f"token id {VOCAB}" in refusal(engine, prompt=[5, VOCAB, 6])
 
 
 def test_text_that_is_not_unicode_is_refused(engine: Engine) -> None:
