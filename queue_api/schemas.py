@@ -259,7 +259,9 @@ def describe(error: ValidationError) -> str:
         field = _field_name(item["loc"])
         # a field that may be of several types fails once for each; the first, ours, says it best
         parts.setdefault(field, _complaint(field, item))
-    return "; ".join(parts.values())
+    # an element that is wrong says more than that the whole isn't the other type it may be
+    within = {name.split("[")[0] for name in parts if "[" in name}
+    return "; ".join(complaint for field, complaint in parts.items() if field not in within)
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
