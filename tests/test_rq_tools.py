@@ -174,3 +174,11 @@ def test_queues_are_served_in_order(connection, start_worker):
     (low,) = completed(connection, "low", 1)
     assert high.timings.total_s <= low.timings.total_s
     assert FinishReason.LENGTH == high.finish_reason == low.finish_reason
+
+
+def test_a_busy_queue_doesnt_starve_the_next(connection, start_worker):
+    submit(connection, "high", ["a b"] * 400, queue="high", chunk_size=1)
+    submit(connection, "low", ["a b"] * 4, queue="low", chunk_size=1)
+    start_worker("echo:tokens=1", queues="high,low", capacity=1)
+    until(lambda: num_done(connection, "low") == 4)
+    assert num_done(connection, "high") < 400

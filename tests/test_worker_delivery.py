@@ -166,3 +166,19 @@ def test_a_cancelled_request_leaves_its_chunk(connection, start_worker):
         connection.setbit(RunKeys.of("run").done, index, 1)
     until(lambda: status(connection, "run-0") == "finished")
     assert num_done(connection, "run") == 0
+
+
+def test_a_worker_stopped_past_its_lease_changes_nothing_when_it_goes_on(connection, start_worker):
+    model = "echo:tokens=20,step_s=0.01"
+    sleeper = start_worker(model, lease_s=1, name="sleeper")
+    submit(connection, "run", ["a b"] * 32, retries=0)
+    until(lambda: num_done(connection, "run") == 0 and status(connection, "run-0") == "started")
+    sleeper.send(signal.SIGSTOP)
+    start_worker(model, lease_s=1, name="heir")
+    found = completed(connection, "run", 32)
+    sleeper.send(signal.SIGCONT)
+    until(lambda: "lease was lost" in sleeper.said() or "isn't ours any more" in sleeper.said())
+    assert num_done(connection, "run") == 32
+    assert "heir" in {result.worker for result in found}
+    sleeper.send(signal.SIGTERM)
+    assert sleeper.wait() == 0

@@ -20,6 +20,8 @@ from workers.scripts import ScriptCall, Scripts
 __all__ = ["Beat", "Claim", "Lease", "Leases"]
 
 MOST_JOBS_PER_CLAIM = 128
+FAIR_EVERY = 16
+"""Every so many claims begin with the next queue in turn instead of the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,7 @@ class Leases:
         self._alone_after = alone_after
         self._worker_ttl_s = worker_ttl_s
         self._result_ttl_s = result_ttl_s
-        self._queue_keys = [
-            key for name in queues for key in (f"{RQ_KEY_PREFIX}:queue:{name}", _registry_key(name))
-        ]
+        self._num_claims = 0
 
     async def claim(self, want: int, held: int = 0) -> Claim:
         """Take jobs until they hold `want` requests or there are no more.
@@ -131,7 +131,9 @@ class Leases:
         :param held: jobs that the worker has; a job that has to run alone waits for none
         """
         execution_ids = uuid4().hex[:24]
-        keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *self._queue_keys]
+        queues = self._in_order()
+        queue_keys = [key for name in queues for key in (_queue_key(name), _registry_key(name))]
+        keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *queue_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
         limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held]
         reply = await self._scripts.call(
@@ -139,18 +141,26 @@ class Leases:
         )
         claimed_at = time.time()
         return Claim(
-            leases=[self._lease(entry, claimed_at) for entry in reply[1:]],
+            leases=[self._lease(entry, queues, claimed_at) for entry in reply[1:]],
             is_suspended=reply[0] == b"suspended",
             waits_for_idle=reply[0] == b"alone",
         )
 
-    def _lease(self, entry: list[Any], claimed_at: float) -> Lease:
+    def _in_order(self) -> list[str]:
+        """The queues, best first; now and then another first, so that none starves."""
+        self._num_claims += 1
+        turn, is_special = divmod(self._num_claims, FAIR_EVERY)
+        start = turn % len(self._queues) if is_special == 0 else 0
+        return self._queues[start:] + self._queues[:start]
+
+    @staticmethod
+    def _lease(entry: list[Any], queues: Sequence[str], claimed_at: float) -> Lease:
         job_id, execution_id, queue_number, flat = entry
         fields = {
             name.decode(errors="replace"): value
             for name, value in zip(flat[::2], flat[1::2], strict=True)
         }
-        queue = self._queues[queue_number]
+        queue = queues[queue_number]
         return Lease(job_id.decode(), execution_id.decode(), queue, fields, claimed_at)
 
     async def renew(self, leases: Iterable[Lease], state: str) -> Beat:
@@ -209,12 +219,16 @@ class Leases:
 
     def releasing(self, lease: Lease) -> ScriptCall:
         """The call that gives a job back."""
-        keys = [*_job_keys(lease), self._executions_key, f"{RQ_KEY_PREFIX}:queue:{lease.queue}"]
+        keys = [*_job_keys(lease), self._executions_key, _queue_key(lease.queue)]
         return "release", keys, [lease.job_id, lease.execution_id]
 
 
 def _named(leases: Iterable[Lease]) -> list[str]:
     return [part for one in leases for part in (one.queue, one.job_id, one.execution_id)]
+
+
+def _queue_key(queue: str) -> str:
+    return f"{RQ_KEY_PREFIX}:queue:{queue}"
 
 
 def _registry_key(queue: str) -> str:

@@ -67,13 +67,13 @@ class Maintenance:
             self._clean_registries()
 
     def reclaim(self) -> None:
-        """Take over the jobs whose worker has let their leases run out."""
+        """Take over the jobs whose worker has let their leases run out.
+
+        Without RQ's maintenance lock: the script needs none, and a worker that stands still while
+        it holds the lock mustn't keep the others from its jobs.
+        """
         for queue in self._worker.queues:
-            if queue.acquire_maintenance_lock():
-                try:
-                    self._reclaimer.reclaim(queue)
-                finally:
-                    queue.release_maintenance_lock()
+            self._reclaimer.reclaim(queue)
 
     def _clean_registries(self) -> None:
         """What RQ's workers do now and then, but for abandoned jobs: those are reclaimed."""

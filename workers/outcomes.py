@@ -64,14 +64,12 @@ def result_of(
 ) -> GenerationResult:
     """The result of one request, to be written now.
 
-    Its parts are checked or our own already, so pydantic needn't look at them again.
-
     :param request: None if it couldn't be read
     :param enqueued_at: epoch seconds
     :param about: id, run, index, model, model_revision, worker, attempt
     """
     with_tokens = request is not None and request.return_token_ids
-    return GenerationResult.model_construct(
+    return GenerationResult(
         **about,
         text=completion.text,
         token_ids=list(completion.token_ids) if with_tokens else None,
@@ -98,7 +96,7 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
     decode_s = max(0.0, ended_at - first_at)
     publish_s = max(0.0, now_s - ended_at)
     num_tokens = completion.completion_tokens
-    return JobTimings.model_construct(
+    return JobTimings(
         queue_s=queue_s,
         prefill_s=prefill_s,
         decode_s=decode_s,

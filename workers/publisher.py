@@ -42,8 +42,20 @@ class Unwritten:
     """A result on its way to its run."""
 
     run: str
+    index: int
+    id: str
     make: Callable[[], GenerationResult]
     """Builds it when it is written, for it tells how long that took."""
+
+
+def _made(unwritten: Unwritten) -> GenerationResult:
+    try:
+        return unwritten.make()
+    except ValueError as error:  # pydantic's are; one odd result mustn't hold up all others
+        logger.exception("a result of run %s can't be built", unwritten.run)
+        return GenerationResult.failed(
+            unwritten.id, error, run=unwritten.run, index=unwritten.index
+        )
 
 
 @dataclass(slots=True)
@@ -157,7 +169,7 @@ class Publisher:
         calls: list[ScriptCall] = []
         by_run = groupby(sorted(batch, key=lambda unwritten: unwritten.run), lambda one: one.run)
         for run, group in by_run:
-            results = [unwritten.make() for unwritten in group]
+            results = [_made(unwritten) for unwritten in group]
             for start in range(0, len(results), MOST_RESULTS_PER_CALL):
                 part = results[start : start + MOST_RESULTS_PER_CALL]
                 calls.append(("emit", RunKeys.of(run), emit_args(part, self._run_ttl_s)))

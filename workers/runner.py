@@ -228,7 +228,7 @@ class Runner:
         if job.run is None:
             job.results.append(make())
         else:
-            self._publisher.add_result(Unwritten(job.run, make))
+            self._publisher.add_result(Unwritten(job.run, active.index, active.id, make))
 
     def _finish_if_done(self, job: ActiveJob) -> None:
         if job.left or job.is_ending:
