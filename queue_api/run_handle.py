@@ -56,12 +56,9 @@ class Run:
 
     async def batches(self, *, follow: bool = True) -> AsyncGenerator[list[GenerationResult], None]:
         """The same, as many at a time as there are; `follow=False` takes only what is there."""
-        seen = Bitmap()
         async with aclosing(self._pages(follow=follow)) as pages:
             async for page in pages:
-                # a Redis that lost its last second may tell a result twice
-                new = [(index, raw) for _, index, raw in page if seen.add(index)]
-                yield [parse_result(self.id, index, raw) for index, raw in new]
+                yield [parse_result(self.id, index, raw) for _, index, raw in page]
 
     async def wait(self) -> RunStatus:
         """Wait until the run is complete, without reading its results; raises as `results`."""
@@ -113,11 +110,13 @@ class Run:
 
     async def _pages(self, *, follow: bool = True) -> AsyncGenerator[list[Entry], None]:
         """The stream from its start to the end of the run, or to where it is now."""
+        # a Redis that lost its last second may tell a result twice
+        seen = Bitmap()
         last = "0"
         if follow:
             subscription = await self._reader.subscribe(self.id)
             try:
-                async with aclosing(self._until_complete(subscription)) as pages:
+                async with aclosing(self._until_complete(subscription, seen)) as pages:
                     async for page in pages:
                         yield page
             finally:
@@ -125,11 +124,11 @@ class Run:
             last = subscription.last
         # complete, so the rest is in the stream; some of it may have been trimmed by its owner
         while page := await self._store.entries(self.id, last):
-            yield page
+            yield [entry for entry in page if seen.add(entry[1])]
             last = page[-1][0]
 
     async def _until_complete(
-        self, subscription: Subscription
+        self, subscription: Subscription, seen: Bitmap
     ) -> AsyncGenerator[list[Entry], None]:
         """What comes, with sweeps for abandoned requests while nothing does."""
         reconcile_s = self._store.settings.reconcile_s
@@ -138,12 +137,11 @@ class Run:
             self._store, self.id, lambda i: ids[i] if ids and i < len(ids) else None
         )
         status = await self._store.status(self.id)
-        count, wait_s, heard_at, swept_at = 0, FIRST_WAIT_S, time.monotonic(), time.monotonic()
-        while status.total is None or count < status.total:
+        wait_s, heard_at, swept_at = FIRST_WAIT_S, time.monotonic(), time.monotonic()
+        while status.total is None or len(seen) < status.total:
             page = await subscription.take(wait_s)
             if page:
-                yield page
-                count += len(page)
+                yield [entry for entry in page if seen.add(entry[1])]
                 wait_s = FIRST_WAIT_S
                 heard_at = swept_at = time.monotonic()
                 continue

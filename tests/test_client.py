@@ -22,7 +22,9 @@ from queue_api.errors import (
     RunIncompleteError,
     RunNotFoundError,
 )
+from queue_api.reader import MOST_UNREAD
 from queue_api.redis_server import EmbeddedRedis
+from queue_api.runs import RunKeys
 from queue_api.schemas import FinishReason, GenerationRequest, GenerationResult, SamplingParams
 from queue_api.settings import QueueSettings
 from queue_api.sync_client import SyncClient
@@ -365,3 +367,78 @@ def test_redis_that_is_away_or_refuses_is_told_in_one_line(tmp_path: Any) -> Non
         redis.Redis.from_url(server.url).config_set("requirepass", "secret")
         with pytest.raises(RedisAuthError, match="refused the user or password"):
             asyncio.run(use(server.url))
+
+
+def test_a_reader_that_lags_holds_some_results_and_gets_them_all(
+    settings: QueueSettings, answerer: Answerer
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit((f"prompt {i}" for i in range(9000)), "r", chunk_size=500)
+            subscription = await client.reader.subscribe("r")
+            answerer.answer()
+            await asyncio.to_thread(until, lambda: subscription.full)
+            # another run's reader isn't kept waiting by it
+            await client.submit(["x"], "s")
+            answerer.answer()
+            assert len(await all_results(client, "s")) == 1
+            held = await subscription.take(0)
+            assert MOST_UNREAD <= len(held) < 9000
+            indexes = [index for _, index, _ in held]
+            while len(indexes) < 9000:
+                page = await subscription.take(20)
+                assert page, "nothing comes any more"
+                indexes += [index for _, index, _ in page]
+            assert indexes == list(range(9000))
+
+    asyncio.run(main())
+
+
+def test_calls_wait_for_room_in_a_full_queue(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    limited = settings.model_copy(update={"max_queue": 3})
+
+    async def main() -> None:
+        async with Client(settings=limited) as client:
+            calls = asyncio.gather(*(client.generate(f"p{i}") for i in range(10)))
+            # long enough for the sweeps that mustn't take those that wait for lost
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(calls), 0.5)
+            assert connection.llen("rq:queue:batchmill") == 3
+            async with answerer.answering():
+                got = await calls
+            assert [result.text for result in got] == [f"answer to p{i}" for i in range(10)]
+        async with Client(settings=limited, wait_when_full=False) as client:
+            calls = asyncio.gather(
+                *(client.generate(f"p{i}") for i in range(5)), return_exceptions=True
+            )
+            await asyncio.to_thread(until, lambda: connection.llen("rq:queue:batchmill") == 3)
+            async with answerer.answering():
+                told = await calls
+            assert [isinstance(answer, QueueFullError) for answer in told] == [False] * 3 + [
+                True
+            ] * 2
+
+    asyncio.run(main())
+
+
+def test_a_result_that_redis_tells_twice_is_read_once(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit(PROMPTS, "r", chunk_size=5)
+            answerer.answer(jobs=1)
+            # a server that lost its last second has computed the first again
+            keys = RunKeys.of("r")
+            (_, entry), *_ = connection.xrange(keys.results)
+            for _ in range(9):
+                connection.xadd(keys.results, entry)
+            results = client.run("r").results()
+            got = [(await anext(results)).index for _ in range(5)]
+            answerer.answer()
+            got += [result.index async for result in results]
+            assert got == list(range(10))
+
+    asyncio.run(main())
