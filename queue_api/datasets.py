@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
-import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
-from queue_api.bitmap import Bitmap
-from queue_api.chunk_writer import ChunkWriter
 from queue_api.client import Client
-from queue_api.errors import DatasetError, InvalidRequestError, RequestError
-from queue_api.lines import count_lines
-from queue_api.reader import Subscription
-from queue_api.reconcile import Reconciler
+from queue_api.dataset_run import DatasetRun, OpenedRun
+from queue_api.errors import DatasetError, InvalidRequestError
 from queue_api.row_writer import RowWriter
-from queue_api.rows import Row, RowParser, dump_row, output_row, read_jsonl
+from queue_api.rows import RowParser
 from queue_api.runs import check_run_id
-from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams
-from queue_api.store import Entry, parse_result
+from queue_api.schemas import SamplingParams
 from queue_api.summary import Progress, RunSummary
 
 __all__ = ["DEFAULT_WINDOW", "dataset_run_id", "run_dataset"]
 
 DEFAULT_WINDOW = 8192
-PROGRESS_EVERY_S = 0.1
 
 
 async def run_dataset(
@@ -63,7 +53,7 @@ async def run_dataset(
         mark = _fingerprint(input, output, defaults)
         run_id = check_run_id(run) if run is not None else dataset_run_id(input, output, defaults)
         opened = await _open(client, run_id, queue, chunk_size, mark)
-        work = _DatasetRun(
+        work = DatasetRun(
             client, opened, writer, source=input, parser=parser, window=window, listener=on_progress
         )
         return await work.run()
@@ -100,11 +90,6 @@ def _fingerprint(
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def _count_rows(source: Path | str) -> int | None:
-    """How many rows there will be; None for what can be read only once."""
-    return count_lines(source) if source != "-" and Path(source).is_file() else None
-
-
 def _same_file(one: Path | str, other: Path | str) -> bool:
     try:
         return os.path.samefile(one, other)  # noqa: PTH121
@@ -112,23 +97,9 @@ def _same_file(one: Path | str, other: Path | str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class _Opened:
-    run: str
-    queue: str
-    chunk_size: int
-    submitted: int
-    done: Bitmap
-    """What Redis takes for done."""
-    waiting: dict[int, bytes]
-    """Results that an earlier process didn't get to write."""
-    last: str
-    """Where in the stream they end."""
-
-
 async def _open(
     client: Client, run: str, queue: str | None, chunk_size: int | None, mark: str
-) -> _Opened:
+) -> OpenedRun:
     store = client.store
     there = await store.open(
         run,
@@ -149,7 +120,7 @@ async def _open(
     while entries := await store.entries(run, last):
         waiting.update((index, raw) for _, index, raw in entries)
         last = entries[-1][0]
-    return _Opened(
+    return OpenedRun(
         run=run,
         queue=there["queue"],
         chunk_size=int(there["chunk_size"]),
@@ -158,201 +129,3 @@ async def _open(
         waiting=waiting,
         last=last,
     )
-
-
-class _DatasetRun:
-    """Two tasks: one feeds rows to Redis, one writes results; `_pending` is between them."""
-
-    def __init__(
-        self,
-        client: Client,
-        opened: _Opened,
-        writer: RowWriter,
-        *,
-        source: Path | str,
-        parser: RowParser,
-        window: int,
-        listener: Callable[[Progress], None] | None,
-    ) -> None:
-        self._store = client.store
-        self._reader = client.reader
-        self._opened = opened
-        self._source = source
-        self._writer = writer
-        self._parser = parser
-        self._window = max(window, opened.chunk_size)
-        self._listener = listener
-        self._chunks = ChunkWriter(
-            self._store,
-            opened.run,
-            queue=opened.queue,
-            chunk_size=opened.chunk_size,
-            submitted=opened.submitted,
-            done=Bitmap(),  # which rows are done is decided here, with the output file
-        )
-        self._pending: dict[int, Row] = {}
-        """Rows read and not yet written."""
-        self._outstanding = 0
-        """Rows whose request or result may be in Redis: those pending, and those written and not
-        yet trimmed."""
-        self._early = dict(opened.waiting)
-        """Results whose rows haven't been read yet."""
-        self._ready: list[tuple[Row, bytes]] = []
-        """Such rows, once they have been read."""
-        self._fed_chunk = -1
-        self._room = asyncio.Event()
-        self._total: int | None = None
-        self._counted: int | None = None
-        self._told_at = 0.0
-        self._started_at = time.perf_counter()
-        self.summary = RunSummary(run=opened.run)
-
-    async def run(self) -> RunSummary:
-        self.summary.resumed = self._writer.rows
-        subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                counter = tasks.create_task(self._count())
-                tasks.create_task(self._feed(subscription))
-                await self._write_on(subscription)
-                counter.cancel()
-        except BaseExceptionGroup as group:
-            # one error is enough to know what was wrong
-            first: BaseException = group
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            raise first from None
-        finally:
-            subscription.close()
-        self.summary.elapsed_s = time.perf_counter() - self._started_at
-        self._tell(final=True)
-        return self.summary
-
-    async def _count(self) -> None:
-        self._counted = await asyncio.to_thread(_count_rows, self._source)
-
-    async def _feed(self, subscription: Subscription) -> None:
-        total = 0
-        async with aclosing(read_jsonl(self._source, self._parser)) as rows:
-            async for row in rows:
-                total = row.index + 1
-                if row.index in self._writer:
-                    self._check_same(row)
-                    self._chunks.skip(row.index)
-                elif (raw := self._early.pop(row.index, None)) is not None:
-                    self._chunks.skip(row.index)
-                    self._ready.append((row, raw))
-                    subscription.poke()
-                else:
-                    await self._submit(row)
-        await self._chunks.flush()
-        await self._store.set(self._opened.run, total=total)
-        self._total = total
-        subscription.poke()
-
-    def _check_same(self, row: Row) -> None:
-        if self._writer.has_other(row.index, row.shown_id):
-            raise DatasetError(
-                f"row {row.index} of the input has the id {row.shown_id!r}, in the output it has "
-                "another: the output belongs to another input; choose another file"
-            )
-
-    async def _submit(self, row: Row) -> None:
-        chunk = row.index // self._opened.chunk_size
-        if chunk != self._fed_chunk:
-            # parts of a chunk can't be sent apart, so there has to be room for all of it
-            self._fed_chunk = chunk
-            await self._wait_for_room()
-            await self._reopen_lost(chunk)
-        self._pending[row.index] = row
-        self._outstanding += 1
-        if isinstance(row.request, RequestError):
-            run = self._opened.run
-            failed = GenerationResult.failed(row.id, row.request, run=run, index=row.index)
-            await self._chunks.put(row.index, failed)
-        else:
-            await self._chunks.put(row.index, row.request)
-
-    async def _wait_for_room(self) -> None:
-        if self._outstanding + self._opened.chunk_size > self._window:
-            await self._chunks.flush()
-        while self._outstanding + self._opened.chunk_size > self._window:
-            self._room.clear()
-            await self._room.wait()
-
-    async def _reopen_lost(self, chunk: int) -> None:
-        """Rows that were answered, but the answer is neither in the stream nor in the output."""
-        size = self._opened.chunk_size
-        lost = [
-            index
-            for index in range(chunk * size, (chunk + 1) * size)
-            if index in self._opened.done and index not in self._writer and index not in self._early
-        ]
-        if lost:
-            await self._store.reopen(self._opened.run, lost)
-
-    async def _write_on(self, subscription: Subscription) -> None:
-        reconcile_s = self._store.settings.reconcile_s
-        sweeper = Reconciler(self._store, self._opened.run, self._id_of, self._resubmit)
-        heard_at = time.monotonic()
-        while self._total is None or self._pending or self._ready:
-            entries = await subscription.take(reconcile_s)
-            answered, self._ready = self._ready, []
-            answered += self._match(entries)
-            if answered:
-                await self._write(answered)
-            # a result whose row hasn't been read yet is nowhere but in the stream
-            if entries and not self._early:
-                await self._store.trim(self._opened.run, entries[-1][0])
-            self._outstanding = len(self._pending)
-            self._room.set()
-            if entries or answered:
-                heard_at = time.monotonic()
-            elif time.monotonic() - heard_at >= reconcile_s and self._pending:
-                heard_at = time.monotonic()
-                await sweeper.sweep([i for i in self._pending if i < self._chunks.submitted])
-        if subscription.last != "0":
-            await self._store.trim(self._opened.run, subscription.last)
-
-    def _match(self, entries: Sequence[Entry]) -> list[tuple[Row, bytes]]:
-        answered = []
-        for _, index, raw in entries:
-            if (row := self._pending.pop(index, None)) is not None:
-                answered.append((row, raw))
-            elif index not in self._writer:
-                self._early[index] = raw
-        return answered
-
-    async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
-        lines = []
-        for row, raw in answered:
-            result = parse_result(self._opened.run, row.index, raw)
-            self.summary.add(result)
-            lines.append((row.index, row.shown_id, dump_row(output_row(row.columns, result))))
-        await asyncio.to_thread(self._writer.append, lines)
-        self._tell()
-
-    def _tell(self, *, final: bool = False) -> None:
-        now = time.perf_counter()
-        if self._listener is None or (not final and now - self._told_at < PROGRESS_EVERY_S):
-            return
-        self._told_at = now
-        self._listener(
-            Progress(
-                done=self._writer.rows,
-                total=self._total if self._total is not None else self._counted,
-                errors=self.summary.errors,
-                completion_tokens=self.summary.completion_tokens,
-                elapsed_s=now - self._started_at,
-            )
-        )
-
-    def _id_of(self, index: int) -> str | None:
-        row = self._pending.get(index)
-        return row.id if row else None
-
-    async def _resubmit(self, indexes: Sequence[int]) -> None:
-        rows = [self._pending[i] for i in indexes if i in self._pending]
-        await self._chunks.again(
-            [(r.index, r.request) for r in rows if isinstance(r.request, GenerationRequest)]
-        )
