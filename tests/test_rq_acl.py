@@ -14,6 +14,7 @@ from worker_kit import QUEUE, WorkerProcess, completed, submit, until, workers
 
 from queue_api.connection import connect
 from queue_api.jobs import GENERATE
+from queue_api.sync_client import SyncClient
 
 PAGE = Path(__file__).parent.parent / "docs" / "redis.md"
 
@@ -40,6 +41,9 @@ def test_worker_and_producer_live_with_the_line(url, worker):
     restricted = connect(url)
     submit(restricted, "run", ["a b", "c d"])
     assert {result.ok for result in completed(restricted, "run", 2)} == {True}
+    with SyncClient(url) as client:
+        assert client.generate("a b", max_tokens=2).text == "a b"
+        assert {result.ok for result in client.submit(["a b"] * 40).results()} == {True}
     queue = Queue(QUEUE, connection=restricted, serializer="json")
     first = queue.enqueue(GENERATE, "a b")
     second = queue.enqueue(GENERATE, "a b", depends_on=first)
