@@ -97,6 +97,7 @@ def load_slice(
             dtype=dtype,
             generation_config=GenerationConfig(),
             output_loading_info=True,
+            **_own_attention(config),
         )
     # transformers would fill these with random numbers and carry on.
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["error_msgs"]]
@@ -104,6 +105,16 @@ def load_slice(
         raise ModelNotFoundError(f"{checkpoint.name}: weights missing or misshapen: {wrong[:5]}")
     _drop_placeholders(model, spec)
     return model.eval().requires_grad_(False).to(spec.device)
+
+
+def _own_attention(config: Any) -> dict[str, str]:
+    """What the model attends by where it isn't our function: the measure of the load check.
+
+    transformers' default, but SDPA knows no soft-capping, and transformers before 5.23 left it out
+    of Gemma 2 without a word.
+    """
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {} if softcap is None else {"attn_implementation": "eager"}
 
 
 def _needed(checkpoint: Checkpoint, config: Any, spec: StageSpec, absent: set[str]) -> list[str]:

@@ -149,7 +149,10 @@ def make_model(config: Any, folder: Path, *, max_shard_size: str = "5GB") -> Tin
 
 
 def load_reference(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """transformers' own model; eager where its SDPA may leave out Gemma 2's soft-capping."""
+    soft_capped = "gemma2" in (folder / "config.json").read_text()
+    kwargs = {"attn_implementation": "eager"} if soft_capped else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
 
 
 @functools.cache
