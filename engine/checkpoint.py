@@ -69,7 +69,7 @@ class Checkpoint:
             return cls(folder, folder.resolve().name, _content_hash(folder, weight_map), weight_map)
         if folder.exists():
             raise ModelNotFoundError(f"{model} is a file; give the folder that it is in")
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise ModelNotFoundError(f"no model folder {model}")
         patterns = [*SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
         with _hub_errors(model, revision):

@@ -33,6 +33,7 @@ from engine.tokenizer import Tokenizer
 from queue_api.errors import (
     ConfigurationError,
     DuplicateRequestError,
+    EngineError,
     InvalidRequestError,
     PromptTooLongError,
     UnsupportedModelError,
@@ -79,6 +80,7 @@ class Engine:
         self._texts: dict[str, Text] = {}
         self._ended: list[Completion] = []
         self._num_added = 0
+        self._is_closed = False
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -133,6 +135,7 @@ class Engine:
         :param seed_key: what the seed follows from if the request names none; `key` by default
         :raises RequestError: what is wrong with this request; nothing is queued then
         """
+        self._require_open()
         if key in self._texts:
             raise DuplicateRequestError(f"a request with key {key!r} is already here")
         prompt = self.tokenizer.encode(request)
@@ -175,6 +178,7 @@ class Engine:
 
         :raises EngineError: if a stage or its device failed; the engine can't go on
         """
+        self._require_open()
         ended, self._ended = self._ended, []
         now = time.perf_counter()
         for text in self.scheduler.admit():
@@ -208,16 +212,23 @@ class Engine:
         return [done[key] for key in keys]
 
     def close(self) -> None:
-        """Stop the stages' threads and let go of weights and cache."""
+        """Stop the stages' threads and let go of weights and cache; requests are dropped."""
+        self._is_closed = True
         self.pipeline.close()
-        self.stages = []
+        self.stages = ()
         self._texts.clear()
+        self._ended.clear()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise EngineError("the engine is closed")
 
     # --------------------------------------------------------------------------------- status
 
     def has_unfinished(self) -> bool:
         """True as long as `step` has something to do or to return."""
-        return bool(self._texts or self._ended or self.pipeline.num_in_flight)
+        in_flight = self.pipeline.num_in_flight and not self._is_closed
+        return bool(self._texts or self._ended or in_flight)
 
     @property
     def num_running(self) -> int:

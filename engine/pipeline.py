@@ -47,7 +47,9 @@ class Pipeline(Protocol):
         """Free what the stages keep for a sequence that has no micro-batch in flight."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop what runs, and let go of the stages."""
+        ...
 
 
 def _run_stage(stage: Stage, batch: ForwardBatch, inbound: torch.Tensor) -> torch.Tensor:
@@ -93,6 +95,7 @@ class InlinePipeline:
 
     def close(self) -> None:
         self._submitted.clear()
+        self._stages = ()
 
 
 _Passed = tuple[ForwardBatch, torch.Tensor | BaseException]
@@ -140,8 +143,7 @@ class ThreadedPipeline:
     def collect(self) -> tuple[ForwardBatch, torch.Tensor]:
         item = self._queues[-1].get()
         self.num_in_flight -= 1
-        if item is None:
-            raise EngineError("the engine is closed")
+        assert item is not None  # only `close` sends it, and nothing is collected after that
         batch, passed = item
         if isinstance(passed, BaseException):
             raise passed
@@ -155,3 +157,4 @@ class ThreadedPipeline:
         self._queues[0].put(None)
         for thread in self._threads:
             thread.join()
+        self._stages = ()

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from engine import checkpoint as checkpoint_module
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -88,6 +90,47 @@ def test_a_stage_loads_without_the_files_of_the_others(tmp_path) -> None:
     assert torch.equal(loaded, expected)
     with pytest.raises(ModelNotFoundError, match="can't read it"):
         load_slice(checkpoint, config, plan.stages[0], torch.float32)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[str]:
+    """A Hub with one sharded model, `org/llama`; the names of weight files fetched from it."""
+    source, snapshot = tmp_path / "hub", tmp_path / "c0ffee"
+    make_model(CONFIGS["llama"](), source, max_shard_size="8KB")
+    fetched: list[str] = []
+
+    def snapshot_download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        if repo != "org/llama":
+            # Without its constructor, which wants the response of one HTTP library or another.
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        ignored = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(source, snapshot, ignore=ignored, dirs_exist_ok=True)
+        return str(snapshot)
+
+    def hf_hub_download(repo: str, file: str, *, revision: str | None) -> str:
+        assert (repo, revision) == ("org/llama", "c0ffee")
+        fetched.append(file)
+        return shutil.copy(source / file, snapshot / file)
+
+    monkeypatch.setattr(checkpoint_module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", hf_hub_download)
+    return fetched
+
+
+def test_a_stage_fetches_only_its_own_files_from_the_hub(hub: list[str]) -> None:
+    checkpoint = Checkpoint.find("org/llama", "main")
+    assert (checkpoint.name, checkpoint.revision) == ("org/llama", "c0ffee")
+    assert hub == []
+    plan = plan_partition(LAYERS, ["cpu"] * 3)
+    load_slice(checkpoint, load_config(checkpoint), plan.stages[1], torch.float32)
+    own = ("model.layers.2.", "model.layers.3.")
+    needed = {file for name, file in checkpoint.weight_map.items() if name.startswith(own)}
+    assert set(hub) == needed < set(checkpoint.weight_map.values())
+
+
+def test_a_hub_id_that_is_not_there_is_named(hub: list[str]) -> None:
+    with pytest.raises(ModelNotFoundError, match="neither a folder nor a Hub id: org/nothing"):
+        Checkpoint.find("org/nothing")
 
 
 def test_a_weight_that_is_missing_is_not_made_up(copy_of_llama) -> None:

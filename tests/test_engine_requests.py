@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import threading
+import weakref
 
 import pytest
 from engine_models import CHAT_TEMPLATE, EOS, VOCAB, requests, tiny_model
@@ -284,3 +287,21 @@ def test_resuming_with_an_ended_text_computes_nothing(engine: Engine) -> None:
     assert completion.token_ids == generated
     assert completion.finish_reason is FinishReason.STOP
     assert completion.admitted_at is None
+
+
+@pytest.mark.parametrize("pipeline", ["inline", "threads"])
+def test_a_closed_engine_lets_go_and_says_so(pipeline: str) -> None:
+    engine = MODEL.engine(devices=("cpu", "cpu"), pipeline=pipeline)
+    weights = [weakref.ref(stage.model) for stage in engine.stages]
+    threads = threading.active_count()
+    (request,) = requests([PROMPT])
+    engine.add("k", request)
+    engine.step()
+    engine.close()
+    assert threading.active_count() == threads - (2 if pipeline == "threads" else 0)
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+    assert not engine.has_unfinished()
+    with pytest.raises(EngineError, match="closed"):
+        engine.step()
+    engine.close()
