@@ -26,6 +26,7 @@ from queue_api.errors import (
 __all__ = [
     "CONNECTION_LOST",
     "LONGEST_BLOCK_S",
+    "PASSING",
     "ServerInfo",
     "check_server",
     "connect",
@@ -49,6 +50,8 @@ CONNECTION_LOST = (
     OSError,
 )
 """What passes when the server comes back: restart, failover, loading its file, network."""
+PASSING = (*CONNECTION_LOST, redis.exceptions.OutOfMemoryError)
+"""Errors after which writing the same again may work."""
 
 _OPTIONS: dict[str, Any] = {
     "protocol": 2,

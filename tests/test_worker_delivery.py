@@ -182,3 +182,14 @@ def test_a_worker_stopped_past_its_lease_changes_nothing_when_it_goes_on(connect
     assert "heir" in {result.worker for result in found}
     sleeper.send(signal.SIGTERM)
     assert sleeper.wait() == 0
+
+
+def test_a_redis_out_of_memory_delays_but_loses_nothing(connection, start_worker):
+    worker = start_worker("echo:tokens=5,step_s=0.02", max_num_seqs=8)
+    submit(connection, "run", [f"w{i} x" for i in range(100)])
+    until(lambda: num_done(connection, "run") > 10)
+    connection.config_set("maxmemory", "1mb")
+    until(lambda: "takes no writes" in worker.said() or "couldn't be renewed" in worker.said())
+    connection.config_set("maxmemory", "0")
+    assert {result.ok for result in completed(connection, "run", 100)} == {True}
+    assert worker.process.poll() is None

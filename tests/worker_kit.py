@@ -23,7 +23,7 @@ from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
 
 QUEUE = "batchmill"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SERVE = """
 import logging, sys
 logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
@@ -134,6 +135,7 @@ class EngineLoop:
         self._on_crash = on_crash
         self._steps_between = steps_between
         self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
         self._thread.start()
 
     def add(
@@ -155,7 +157,7 @@ class EngineLoop:
     async def stop(self) -> None:
         """Let the step that is running end, then close the engine."""
         self._commands.put(_Stop())
-        await asyncio.to_thread(self._thread.join)
+        await self._ended.wait()
 
     def _run(self) -> None:
         steps = 0
@@ -222,3 +224,6 @@ class EngineLoop:
             self.engine.close()
         except Exception:
             logger.exception("engine didn't close cleanly")
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._ended.set)

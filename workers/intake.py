@@ -14,7 +14,7 @@ from typing import TypeVar
 import redis.asyncio as aredis
 from redis.exceptions import ResponseError
 
-from queue_api.connection import CONNECTION_LOST
+from queue_api.connection import CONNECTION_LOST, PASSING
 from queue_api.errors import InvalidRequestError
 from queue_api.jobs import JobPayloadError, decode_chunk
 from queue_api.schemas import ErrorDetail
@@ -41,7 +41,7 @@ async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     while True:
         try:
             return await attempt()
-        except CONNECTION_LOST as error:
+        except PASSING as error:
             logger.warning("Redis is away (%s); the model stays loaded", error)
             await asyncio.sleep(OUTAGE_S)
 

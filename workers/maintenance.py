@@ -110,6 +110,15 @@ class Maintenance:
         self._scheduler.heartbeat()
         self._scheduler.enqueue_scheduled_jobs()
 
+    def register_again(self) -> None:
+        """RQ forgot the worker, because it or Redis stood still for long."""
+        worker = self._worker
+        logger.warning("worker %s registers again", worker.name)
+        with self._connection.pipeline() as pipeline:
+            pipeline.hset(worker.key, mapping=worker.serialize())
+            worker_registration.register(worker, pipeline)
+            pipeline.execute()
+
     def close(self) -> None:
         """Let others schedule."""
         if self._scheduler is not None:

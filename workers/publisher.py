@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import redis.asyncio as aredis
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import ResponseError
 
-from queue_api.connection import CONNECTION_LOST
+from queue_api.connection import PASSING
 from queue_api.runs import RunKeys, emit_args
 from queue_api.schemas import GenerationResult
 from workers.leases import Lease, Leases
@@ -32,9 +32,6 @@ MOST_RESULTS_PER_CALL = 500
 RETRY_S = 0.5
 
 LOST, LEFT_TO_RQ = 0, 2
-
-PASSING = (*CONNECTION_LOST, OutOfMemoryError)
-"""Errors after which writing the same again may work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +63,7 @@ class _Ending:
 
 
 class Publisher:
-    """Collects results and ended jobs; `run` writes them until cancelled.
-
-    :param on_left_to_rq: called with a job whose end has to go through RQ's own handler
-    :param on_ended: called with each job once it is finished, given back or found lost
-    """
+    """Collects results and ended jobs; `run` writes them until cancelled."""
 
     def __init__(
         self,
@@ -79,15 +72,11 @@ class Publisher:
         leases: Leases,
         *,
         run_ttl_s: int,
-        on_left_to_rq: Callable[[Lease, bytes], None],
-        on_ended: Callable[[Lease], None],
     ) -> None:
         self._connection = connection
         self._scripts = scripts
         self._leases = leases
         self._run_ttl_s = run_ttl_s
-        self._on_left_to_rq = on_left_to_rq
-        self._on_ended = on_ended
         self._results: list[Unwritten] = []
         self._endings: list[_Ending] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -128,8 +117,16 @@ class Publisher:
         self._clean.clear()
         self._dirty.set()
 
-    async def run(self) -> None:
-        """Write until cancelled."""
+    async def run(
+        self, on_left_to_rq: Callable[[Lease, bytes], None], on_ended: Callable[[Lease], None]
+    ) -> None:
+        """Write until cancelled.
+
+        :param on_left_to_rq: called with a job whose end has to go through RQ's own handler
+        :param on_ended: called with each job once it is finished, given back or found lost
+        """
+        self._on_left_to_rq = on_left_to_rq
+        self._on_ended = on_ended
         while True:
             await self._dirty.wait()
             self._dirty.clear()

@@ -10,7 +10,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 
-from queue_api.connection import CONNECTION_LOST
+from queue_api.connection import PASSING
 from queue_api.errors import InvalidRequestError
 from queue_api.jobs import GenerateJob, JobPayloadError, decode_chunk
 from queue_api.runs import RunKeys, emit_args
@@ -109,7 +109,7 @@ class Reclaimer:
         ]
         try:
             self._emit(RunKeys.of(chunk.run), emit_args(results, self._run_ttl_s))
-        except CONNECTION_LOST:
+        except PASSING:
             raise
         except redis.RedisError as error_:
             logger.error("results of run %s can't be written: %s", chunk.run, error_)

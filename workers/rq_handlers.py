@@ -21,7 +21,7 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.utils import current_timestamp, now
 from rq.worker.base import BaseWorker
 
-from queue_api.connection import CONNECTION_LOST
+from queue_api.connection import PASSING
 from queue_api.jobs import GenerateJob
 from workers.leases import Lease
 from workers.splitting import Because, split_off
@@ -94,7 +94,7 @@ class RQHandlers:
             return None
         try:
             job = GenerateJob.fetch(lease.job_id, self._connection, self._worker.serializer)
-        except CONNECTION_LOST:
+        except PASSING:
             raise
         except Exception as error:  # whatever somebody wrote into the hash
             logger.warning("job %s can't be read by RQ: %s", lease.job_id, error)
@@ -110,7 +110,7 @@ class RQHandlers:
         """What RQ's handlers raise, over a hash that somebody filled oddly, fails that job."""
         try:
             yield
-        except CONNECTION_LOST:
+        except PASSING:
             raise
         except Exception as error:
             logger.exception("job %s: RQ's handler failed", lease.job_id)
