@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Small models gain nothing from more threads than cores; the workers set their own number.
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint types format check bench chaos cluster clean
+.PHONY: help install demo test lint types format check bench cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,9 +47,6 @@ bench: $(INSTALLED) ## Measure: cache on and off, time per token early and late,
 	$(BIN)/python benchmarks/cache_speedup.py
 	$(BIN)/python benchmarks/per_token_time.py
 	$(BIN)/python benchmarks/question_answer.py
-
-chaos: $(INSTALLED) ## Kill workers, producer and Redis at random under 20,000 requests; count answers
-	$(BIN)/python benchmarks/chaos.py --requests 20000 --events 60 --seed 1
 
 cluster: ## Start Redis and workers with docker compose
 	docker compose up --build
