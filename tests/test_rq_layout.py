@@ -22,8 +22,6 @@ from queue_api.jobs import GENERATE
 from workers.leases import Lease, Leases
 from workers.scripts import Scripts
 
-pytest_plugins = ["redis_fixture"]
-
 QUEUE = "layout"
 VALUE = {"text": "hello"}
 OURS = {"claims", "released"}

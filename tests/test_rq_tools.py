@@ -16,6 +16,7 @@ from rq.command import (
 from rq.exceptions import DuplicateJobError
 from rq.group import Group
 from rq.job import Job
+from rq.rate_limit import RateLimit
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.results import Result
 from rq.suspension import resume, suspend
@@ -23,8 +24,6 @@ from worker_kit import QUEUE, completed, num_done, status, submit, until, worker
 
 from queue_api.jobs import GENERATE
 from queue_api.schemas import FinishReason
-
-pytest_plugins = ["redis_fixture"]
 
 SLOW = "echo:tokens=100000,step_s=0.01"
 
@@ -174,6 +173,20 @@ def test_queues_are_served_in_order(connection, start_worker):
     (low,) = completed(connection, "low", 1)
     assert high.timings.total_s <= low.timings.total_s
     assert FinishReason.LENGTH == high.finish_reason == low.finish_reason
+
+
+def test_rate_limited_jobs_take_turns(queue, start_worker):
+    start_worker()
+    limit = RateLimit(key="one-at-a-time", concurrency=1)
+    jobs = [queue.enqueue(GENERATE, prompt=f"job {i}", rate_limit=limit) for i in range(4)]
+    assert {job.get_status() for job in jobs[1:]} <= {
+        "rate_limited",
+        "queued",
+        "started",
+        "finished",
+    }
+    for job in jobs:
+        finished(job)
 
 
 def test_a_busy_queue_doesnt_starve_the_next(connection, start_worker):

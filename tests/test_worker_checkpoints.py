@@ -10,8 +10,6 @@ from worker_kit import QUEUE, completed, submit, until
 
 from queue_api.jobs import GENERATE
 
-pytest_plugins = ["redis_fixture"]
-
 LONG = "echo:tokens=1000,step_s=0.001"
 PROMPT = " ".join(f"w{i}" for i in range(700))
 TEXT = " ".join(f"w{i % 700}" for i in range(1000))

@@ -14,8 +14,6 @@ from queue_api.runs import RunKeys
 from queue_api.schemas import FinishReason
 from queue_api.settings import QueueSettings
 
-pytest_plugins = ["redis_fixture"]
-
 SLOW = "echo:tokens=200,step_s=0.01"
 """Two seconds a request."""
 

@@ -12,8 +12,6 @@ from worker_kit import QUEUE, completed, num_done, status, submit, until
 
 from queue_api.jobs import GENERATE, chunk_job_id, single_job_id
 
-pytest_plugins = ["redis_fixture"]
-
 FAILING = "echo:marked=poison,on_marked=error"
 BREAKING = "echo:marked=poison,on_marked=raise"
 ABORTING = "echo:marked=poison,on_marked=abort,step_s=0.002"

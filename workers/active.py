@@ -78,6 +78,11 @@ class ActiveJob:
         if self.timer is not None:
             self.timer.cancel()
 
+    @property
+    def age_s(self) -> float:
+        """How long it had been on the queue when it was claimed, by two hosts' clocks."""
+        return self.lease.claimed_at - self.enqueued_at
+
     def return_value(self) -> bytes:
         """What RQ shows as its return value, as JSON: the result itself where there is no run."""
         if self.run is not None:

@@ -34,6 +34,7 @@ T = TypeVar("T")
 SUSPENDED_S = 0.5
 """How often to look whether a suspension has ended."""
 OUTAGE_S = 1.0
+FRESH_S = 2.0
 
 
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
@@ -110,7 +111,9 @@ class Intake:
     async def _take(self, leases: Sequence[Lease]) -> None:
         """Hold these jobs, leave out what has a result already, and start the rest."""
         jobs = [job for job in self._runner.hold(leases) if self._read(job)]
-        runs = sorted({job.run for job in jobs if job.run is not None})
+        # a run cancelled after its job was enqueued a moment ago is noticed by the next heartbeat
+        old = [job for job in jobs if not job.lease.is_first or job.age_s > FRESH_S]
+        runs = sorted({job.run for job in old if job.run is not None})
         again = [job for job in jobs if not job.lease.is_first]
         indexes: dict[str, list[int]] = {}
         for job in again:
@@ -134,7 +137,8 @@ class Intake:
     def _read(self, job: ActiveJob) -> bool:
         """Put the job's requests into `left`; False if the job ends here."""
         try:
-            chunk = decode_chunk(job.lease.job_id, job.lease.fields.get("data", b""))
+            # popped: it may be large, and nobody needs it again
+            chunk = decode_chunk(job.lease.job_id, job.lease.fields.pop("data", b""))
         except JobPayloadError as error:
             self._runner.fail(job, str(error), may_retry=False)
             return False
