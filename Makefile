@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 # Small models gain nothing from more threads than cores; the workers set their own number.
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint types format check bench cluster clean
+.PHONY: help install demo test lint types format check bench bench-cache chaos cluster clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -43,10 +43,16 @@ format: $(INSTALLED) ## Format the sources and mend what lint can mend
 
 check: lint types test ## Lint, types and tests
 
-bench: $(INSTALLED) ## Measure: cache on and off, time per token early and late, questions and answers
+bench: $(INSTALLED) ## Measure bulk generation beside transformers and the peers installed (extra "bench")
+	$(BIN)/python -m benchmarks.throughput $(BENCH)
+
+bench-cache: $(INSTALLED) ## Measure the cache's worth and the time per token; put questions to a cut model
 	$(BIN)/python benchmarks/cache_speedup.py
 	$(BIN)/python benchmarks/per_token_time.py
 	$(BIN)/python benchmarks/question_answer.py
+
+chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that nothing is lost (CHAOS="--kills 50 …")
+	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
 cluster: ## Start Redis and workers with docker compose
 	docker compose up --build
