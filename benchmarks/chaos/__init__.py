@@ -1,0 +1,1 @@
+"""Chaos: real workers, clients and a real Redis, killed at seeded random instants."""
