@@ -11,7 +11,7 @@ from engine.demo_model.corpus import STORIES, Question, draw_question, training_
 from engine.demo_model.vocabulary import ASSISTANT, BOS, EOS, SYSTEM, USER
 
 IGNORED = -100  # the target of a token that carries no loss
-RAW_SHARE = 0.3
+RAW_SHARE = 0.45
 SYSTEM_SHARE = 0.3
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer briefly.", "You are a small toy model.")
 

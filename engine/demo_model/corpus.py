@@ -3,7 +3,7 @@
 Each task is a small function from a random generator to a `Question`. About one question in ten
 is held out *by its content*: `is_held_out` hashes the task and the question's key, so that a held
 out pair of numbers or word is never trained on in any wording. Tasks with few contents (opposites,
-months, the alphabet) add the wording to the key, and the report says so.
+days, months, the alphabet) add the wording to the key, and the report says so.
 
 Words whose letters matter are in capitals, because the tokenizer keeps capitals apart and melts
 small letters into whole words.
@@ -219,12 +219,21 @@ def _day(rng: Random) -> tuple[str, str, str]:
         *rng.choice(((1, "after"), (-1, "before"))),
     )
     if count == 1:
-        ask = _say(rng, "What day comes {} {}?", "Which day is the day {} {}?")
-        prompt = ask.format(side, DAYS[start])
+        ask = _say(
+            rng,
+            "What day comes {} {}?",
+            "Which day is the day {} {}?",
+            "Name the day {} {}.",
+            "In the week, what comes {} {}?",
+        ).format(side, DAYS[start])
     else:
-        ask = _say(rng, "What day comes {} days {} {}?", "Which day is {} days {} {}?")
-        prompt = ask.format(count, side, DAYS[start])
-    return f"{start}{side}{count}", prompt, DAYS[(start + step * count) % 7]
+        ask = _say(
+            rng,
+            "What day comes {} days {} {}?",
+            "Which day is {} days {} {}?",
+            "Name the day {} days {} {}.",
+        ).format(count, side, DAYS[start])
+    return ask, ask, DAYS[(start + step * count) % 7]
 
 
 def _month(rng: Random) -> tuple[str, str, str]:
@@ -262,12 +271,12 @@ TASKS: Sequence[Task] = (
     Task("repeat a word", _repeat, weight=0.5, held_out_by="word and count"),
     Task("reverse a word", _reverse, weight=2.0, held_out_by="word"),
     Task("spell a word", _spell, held_out_by="word"),
-    Task("join two words", _join, held_out_by="pair of words"),
+    Task("join two words", _join, weight=2.0, held_out_by="pair of words"),
     Task("pick a letter", _pick_letter, held_out_by="word"),
     Task("count letters", _count_letters, weight=0.5, held_out_by="word"),
     Task("count one letter", _count_one_letter, weight=1.5, held_out_by="letter and word"),
     Task("letter before or after", _neighbour_letter, weight=0.5, held_out_by="wording and letter"),
-    Task("day before or after", _day, weight=1.5, held_out_by="day and distance"),
+    Task("day before or after", _day, weight=1.5, held_out_by="wording and day"),
     Task("month before or after", _month, weight=0.5, held_out_by="wording and month"),
     Task("opposite", _opposite, weight=0.5, held_out_by="wording and word"),
 )

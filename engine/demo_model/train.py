@@ -100,7 +100,7 @@ def schedule_at(step: int, config: TrainConfig) -> float:
 def build_optimizers(
     model: LlamaForCausalLM, config: TrainConfig
 ) -> tuple[list[torch.optim.Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]:
-    """Muon for the layers' matrices (here twice as fast as AdamW alone), AdamW for the rest."""
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest."""
     layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in layers}
     rest = [p for p in model.parameters() if id(p) not in inside]
