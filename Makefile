@@ -6,8 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
-# Small models gain nothing from more threads than cores; the workers set their own number.
-PYTEST ?= $(BIN)/python -m pytest
+# The tests' models are tiny: threads gain nothing, and fight where other work runs.
+PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo test lint types format check bench bench-cache chaos cluster clean
 
