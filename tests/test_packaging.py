@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["redis_fixture"]
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -17,8 +17,6 @@ from worker_kit import PATIENCE_S, until, workers
 from engine.demo_model import DEMO_MODEL_PATH
 from queue_api.redis_server import EmbeddedRedis
 
-pytest_plugins = ["redis_fixture"]
-
 ROOT = Path(__file__).parent.parent
 SLOW_ECHO = "echo:tokens=20,step_s=0.02,max_num_seqs=32"
 """Some seconds for 2,000 rows: time enough to interfere."""
