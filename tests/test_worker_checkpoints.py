@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 
 from rq import Queue
 from worker_kit import QUEUE, completed, submit, until
 
+from queue_api.connection import connect_async
 from queue_api.jobs import GENERATE
+from workers.checkpoints import Checkpoints, Place
+from workers.scripts import Scripts
 
 LONG = "echo:tokens=1000,step_s=0.001"
 PROMPT = " ".join(f"w{i}" for i in range(700))
@@ -76,3 +80,20 @@ def test_the_models_text_is_that_of_an_undisturbed_run(connection, start_worker)
     assert len(text) > 100
     assert disturbed.return_value()["text"] == text
     assert disturbed.return_value()["attempt"] == 2
+
+
+def test_a_late_checkpoint_leaves_no_gap(server, connection):
+    place = Place("run", 0)
+
+    async def late() -> list[int]:
+        client = connect_async(server.url)
+        checkpoints = Checkpoints(client, Scripts(client), every_tokens=2, model="m")
+        await checkpoints.save({place: range(10)})
+        await client.flushdb()  # somebody else finished the request, and its text is gone
+        await checkpoints.save({place: range(20)})
+        await checkpoints.save({place: range(21)})
+        found = await checkpoints.load([place])
+        await client.aclose()
+        return found[place]
+
+    assert asyncio.run(late()) == list(range(21))

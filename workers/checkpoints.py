@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import redis.asyncio as aredis
 
 from queue_api.runs import partial_key
+from workers.scripts import ScriptCall, Scripts
 
 __all__ = ["Checkpoints", "Place"]
 
@@ -42,8 +43,11 @@ class Checkpoints:
     :param model: what the tokens mean: a text begun by another model is left alone
     """
 
-    def __init__(self, connection: aredis.Redis, every_tokens: int, model: str) -> None:
+    def __init__(
+        self, connection: aredis.Redis, scripts: Scripts, every_tokens: int, model: str
+    ) -> None:
         self._connection = connection
+        self._scripts = scripts
         self._model = hashlib.blake2b(model.encode(), digest_size=6).hexdigest()
         self._saved: dict[Place, int] = {}
         # Looked at every quarter and written from half on, no more than three quarters are
@@ -62,13 +66,15 @@ class Checkpoints:
         for place in places:
             pipeline.get(self._key(place))
         replies = await pipeline.execute(raise_on_error=False)
-        found = {
+        return {
             place: _unpacked(raw)
             for place, raw in zip(places, replies, strict=True)
             if isinstance(raw, bytes) and raw
         }
-        self._saved |= {place: len(tokens) for place, tokens in found.items()}
-        return found
+
+    def begin(self, place: Place, num_tokens: int) -> None:
+        """Expect progress of a request that begins, or goes on behind so many tokens."""
+        self._saved[place] = num_tokens
 
     async def save(self, progress: Mapping[Place, Sequence[int]], *, at_least: int = 0) -> None:
         """Append what is new.
@@ -83,19 +89,23 @@ class Checkpoints:
         }
         if not due:
             return
-        pipeline = self._connection.pipeline(transaction=False)
-        for place, tokens in due.items():
-            # written by offset, so that writing it twice is no harm
-            start = self._saved.get(place, 0)
-            packed = array("I", tokens[start:]).tobytes()
-            pipeline.setrange(self._key(place), start * TOKEN_BYTES, packed)
-            pipeline.expire(self._key(place), PARTIAL_TTL_S)
-        await pipeline.execute()
-        self._saved |= {place: len(tokens) for place, tokens in due.items()}
+        calls = [self._saving(place, tokens) for place, tokens in due.items()]
+        replies = await self._scripts.call_many(calls)
+        for place, reply in zip(due, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            # less than was sent if the text is gone: the next time it is written from its start
+            self._saved[place] = min(reply // TOKEN_BYTES, len(due[place]))
+
+    def _saving(self, place: Place, tokens: Sequence[int]) -> ScriptCall:
+        # written by offset, so that writing it twice is no harm
+        start = self._saved.get(place, 0)
+        packed = array("I", tokens[start:]).tobytes()
+        return "checkpoint", [self._key(place)], [start * TOKEN_BYTES, packed, PARTIAL_TTL_S]
 
     def forgetting(self, places: Iterable[Place]) -> list[str]:
         """Forget these requests; returns the keys that are to be deleted."""
-        return [self._key(place) for place in places if self._saved.pop(place, None) is not None]
+        return [self._key(place) for place in places if self._saved.pop(place, 0) > 0]
 
 
 def _unpacked(raw: bytes) -> list[int]:

@@ -125,6 +125,7 @@ class Runner:
         generated = generated[: request.sampling.max_tokens - 1]
         if generated:
             logger.info("request %s goes on behind %d tokens", active.id, len(generated))
+        self._checkpoints.begin(active.place, len(generated))
         seed_key = f"{active.place.owner}/{request.id}"
         self._engine.add(active.key, request, seed_key=seed_key, generated=generated)
 
@@ -248,6 +249,7 @@ class Runner:
         job = self.active.pop(lease.execution_id, None)
         if job is not None:
             job.stop_timer()
+            self._checkpoints.forgetting(active.place for active in job.left.values())
         self.freed.set()
         if not self.active:
             self.idle.set()

@@ -76,7 +76,9 @@ class Service:
         self._ends = RareEnds(handlers, self._rq_thread, self._publisher, self._on_failure)
         self._engine_loop = EngineLoop(engine)
         model = f"{engine.model_name}@{engine.model_revision}"
-        self._checkpoints = Checkpoints(self._connection, settings.checkpoint_tokens, model)
+        self._checkpoints = Checkpoints(
+            self._connection, self._scripts, settings.checkpoint_tokens, model
+        )
         self._runner = Runner(
             self._connection,
             leases,
@@ -96,6 +98,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, self.request_drain)
+        loop.set_exception_handler(self._on_loop_error)
         await patiently(self._scripts.load)  # a user who may not run scripts is to know it now
         doorbell = Doorbell(self._connection, self._worker.queue_keys())
         self._engine_loop.start(
@@ -143,6 +146,12 @@ class Service:
         self._exit_code = EXIT_FAILED
         self._hurry.set()
         self._stop.set()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback that failed may have left a job behind that nobody would ever end."""
+        loop.default_exception_handler(context)
+        if str(context.get("message", "")).startswith("Exception in callback"):
+            self._on_failure(context["exception"])
 
     def _on_engine_failure(self, error: BaseException) -> None:
         self._has_failed_engine = True

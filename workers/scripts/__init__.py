@@ -15,7 +15,7 @@ from queue_api.scripts import load_script
 
 __all__ = ["ScriptCall", "Scripts", "load_worker_script"]
 
-_NAMES = ("abandon", "claim", "finish", "heartbeat", "reclaim", "release")
+_NAMES = ("abandon", "checkpoint", "claim", "finish", "heartbeat", "reclaim", "release")
 ScriptCall = tuple[str, Sequence[str], Sequence[str | bytes | int | float]]
 """(script name, KEYS, ARGV)"""
 
