@@ -3,7 +3,7 @@ read the environment."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,10 +11,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from queue_api.errors import ConfigurationError
 from queue_api.runs import DEFAULT_RUN_TTL_S
 
-__all__ = ["DEFAULT_QUEUE", "DEFAULT_REDIS_URL", "EnvironmentSettings", "QueueSettings"]
+__all__ = ["DEFAULT_QUEUE", "DEFAULT_REDIS_URL", "EnvironmentSettings", "LogLevel", "QueueSettings"]
 
 DEFAULT_QUEUE = "batchmill"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class EnvironmentSettings(BaseSettings):
@@ -28,6 +30,7 @@ class EnvironmentSettings(BaseSettings):
         default=DEFAULT_REDIS_URL,
         validation_alias=AliasChoices("redis_url", "BATCHMILL_REDIS_URL", "REDIS_URL"),
     )
+    log_level: LogLevel = "warning"
     run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
     """A run, and a failed job, are forgotten so long after their last change."""
 

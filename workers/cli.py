@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -117,6 +118,9 @@ def worker(
         trust_remote_code=trust_remote_code,
     )
     require_packages(settings.model)
+    logging.getLogger().setLevel(settings.log_level.upper())
+    # RQ sets a level of its own and tells of each round of its housekeeping.
+    logging.getLogger("rq.worker").setLevel(logging.WARNING)
     raise typer.Exit(run_worker(settings))
 
 
@@ -168,7 +172,8 @@ def run(
         "num_threads": threads or _threads_each(workers),
         "trust_remote_code": trust_remote_code,
     }
-    environment = {
+    environment = {"BATCHMILL_LOG_LEVEL": os.environ.get("BATCHMILL_LOG_LEVEL", "warning")}
+    environment |= {
         f"BATCHMILL_{name.upper()}": str(value)
         for name, value in flags.items()
         if value is not None

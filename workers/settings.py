@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings
+from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
 
@@ -26,6 +26,8 @@ class WorkerSettings(EnvironmentSettings):
     """Names of RQ queues, the one to serve first in front."""
     name: str | None = None
     """The worker's name in RQ; unique among live workers. Host and pid when unset."""
+
+    log_level: LogLevel = "info"
 
     model: str = Field(default=DEMO_MODEL, min_length=1)
     """A local folder, a Hub id, or `demo`: the toy that comes with batchmill."""
