@@ -10,8 +10,12 @@ from rq import Queue
 from worker_kit import QUEUE, completed, submit, until
 
 from queue_api.connection import connect_async
+from queue_api.errors import InvalidRequestError
 from queue_api.jobs import GENERATE
+from queue_api.schemas import GenerationRequest
 from workers.checkpoints import Checkpoints, Place
+from workers.engine_loop import EngineLoop
+from workers.noop_engine import EchoEngine
 from workers.scripts import Scripts
 
 LONG = "echo:tokens=1000,step_s=0.001"
@@ -92,8 +96,32 @@ def test_a_late_checkpoint_leaves_no_gap(server, connection):
         await client.flushdb()  # somebody else finished the request, and its text is gone
         await checkpoints.save({place: range(20)})
         await checkpoints.save({place: range(21)})
+        assert (await checkpoints.load([place]))[place] == list(range(21))
+        await checkpoints.save({place: range(5, 11)})  # begun anew, by another's tokens
+        assert (await checkpoints.load([place]))[place] == list(range(5, 11))
+        await checkpoints.save({place: range(5, 26)})
         found = await checkpoints.load([place])
         await client.aclose()
         return found[place]
 
-    assert asyncio.run(late()) == list(range(21))
+    assert asyncio.run(late()) == list(range(5, 26))
+
+
+def test_a_partial_text_that_the_engine_refuses_is_no_fault_of_the_request():
+    class Picky(EchoEngine):
+        def add(self, key, request, *, generated=(), seed_key=None):
+            if generated:
+                raise InvalidRequestError("token 99 is outside the vocabulary")
+            super().add(key, request, seed_key=seed_key)
+
+    async def served() -> str:
+        done = asyncio.get_running_loop().create_future()
+        loop = EngineLoop(Picky(tokens=2))
+        loop.start(done.set_result, lambda _: None, done.set_exception, steps_between=8)
+        request = GenerationRequest(id="x", prompt="a b")
+        loop.add("key", request, seed_key="x", generated=[99])
+        (completion,) = await done
+        await loop.stop()
+        return completion.text
+
+    assert asyncio.run(served()) == "a b"

@@ -82,6 +82,9 @@ class Checkpoints:
         :param at_least: leave out requests with fewer new tokens; half the interval by default
         """
         worth_saving = at_least or self._worth_saving
+        for place, tokens in progress.items():
+            if len(tokens) < self._saved.get(place, 0):
+                self._saved[place] = 0  # the engine began anew
         due = {
             place: tokens
             for place, tokens in progress.items()

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -209,6 +209,12 @@ class EngineLoop:
         except EngineError:
             raise
         except Exception as error:  # such as a chat template that chokes: this request's alone
+            if command.generated:
+                # a partial text that this engine can't take is no fault of the request
+                logger.warning(
+                    "%s begins anew: its partial text is refused: %s", command.key, error
+                )
+                return self._add(replace(command, generated=()))
             return Refusal(command.key, error)
         return None
 
