@@ -191,3 +191,16 @@ def test_a_redis_out_of_memory_delays_but_loses_nothing(connection, start_worker
     connection.config_set("maxmemory", "0")
     assert {result.ok for result in completed(connection, "run", 100)} == {True}
     assert worker.process.poll() is None
+
+
+def test_an_outage_longer_than_the_lease_costs_nobody_a_death(connection, server, start_worker):
+    settings = {"lease_s": 2, "max_num_seqs": 16}
+    worker = start_worker("echo:tokens=40,step_s=0.1", **settings)
+    start_worker("echo:tokens=40,step_s=0.1", **settings)
+    submit(connection, "run", [f"w{i} x" for i in range(32)])
+    until(lambda: status(connection, "run-3") == "started")
+    server.stop()
+    until(lambda: worker.said().count("leases couldn't be renewed") > 6)
+    server.start()
+    found = completed(connection, "run", 32)
+    assert {(result.ok, result.attempt) for result in found} == {(True, 1)}

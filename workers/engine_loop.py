@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 from queue_api.errors import EngineError
-from queue_api.schemas import FinishReason, GenerationRequest
+from queue_api.schemas import FinishReason, GenerationRequest, TokenLogprobs
 
 __all__ = ["Completion", "Engine", "EngineLoop", "Refusal"]
 
@@ -36,6 +36,7 @@ class Completion(Protocol):
     prompt_tokens: int
     completion_tokens: int
     error: BaseException | None
+    logprobs: list[TokenLogprobs] | None
     added_at: float | None
     admitted_at: float | None
     first_token_at: float | None
@@ -73,6 +74,7 @@ class Refusal:
 
     key: str
     error: BaseException | None
+    logprobs: list[TokenLogprobs] | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.ERROR

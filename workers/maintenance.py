@@ -44,7 +44,8 @@ class Maintenance:
         self._connection = connection
         self._reclaimer = reclaimer
         self._reclaim_s = settings.lease_s / 2
-        self._next_reclaim = 0.0
+        # not at once: if Redis has just come back, everyone else is about to renew their leases
+        self._next_reclaim = time.monotonic() + self._reclaim_s
         self._next_locks = 0.0
         self._scheduler: RQScheduler | None = None
 

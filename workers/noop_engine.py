@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from queue_api.errors import ConfigurationError, PromptTooLongError
-from queue_api.schemas import FinishReason, GenerationRequest
+from queue_api.schemas import FinishReason, GenerationRequest, TokenLogprobs
 
 __all__ = ["ECHO_PREFIX", "EchoEngine"]
 
@@ -36,6 +36,7 @@ class EchoCompletion:
     admitted_at: float | None
     first_token_at: float | None
     finished_at: float | None
+    logprobs: list[TokenLogprobs] | None = None
     stage_s: list[float] = field(default_factory=list)
 
 

@@ -73,6 +73,7 @@ def result_of(
         **about,
         text=completion.text,
         token_ids=list(completion.token_ids) if with_tokens else None,
+        logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
