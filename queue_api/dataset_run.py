@@ -147,7 +147,7 @@ class DatasetRun:
             # parts of a chunk can't be sent apart, so there has to be room for all of it
             self._fed_chunk = chunk
             await self._wait_for_room()
-            await self._reopen_lost(chunk)
+            await self._reopen_lost(row.index)
         self._pending[row.index] = row
         self._outstanding += 1
         if isinstance(row.request, RequestError):
@@ -164,12 +164,16 @@ class DatasetRun:
             self._room.clear()
             await self._room.wait()
 
-    async def _reopen_lost(self, chunk: int) -> None:
-        """Rows that were answered, but the answer is neither in the stream nor in the output."""
+    async def _reopen_lost(self, first: int) -> None:
+        """Rows that were answered, but the answer is neither in the stream nor in the output.
+
+        :param first: the first row of its chunk that has to be asked for; those before it have
+            their answers, even if they aren't written yet
+        """
         size = self._opened.chunk_size
         lost = [
             index
-            for index in range(chunk * size, (chunk + 1) * size)
+            for index in range(first, (first // size + 1) * size)
             if index in self._opened.done and index not in self._writer and index not in self._early
         ]
         if lost:

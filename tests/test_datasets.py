@@ -20,8 +20,9 @@ from queue_api.client import Client
 from queue_api.datasets import dataset_run_id, run_dataset
 from queue_api.errors import DatasetError, InvalidRequestError, RunNotFoundError
 from queue_api.redis_server import EmbeddedRedis
-from queue_api.runs import RunKeys
-from queue_api.schemas import SamplingParams
+from queue_api.runs import RunKeys, emit_args
+from queue_api.schemas import FinishReason, GenerationResult, SamplingParams
+from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
 from queue_api.summary import Progress, Quantiles, RunSummary
 
@@ -161,6 +162,40 @@ def test_results_of_an_earlier_life_are_taken_not_made_again(
     run(settings, source, output, answerer=later)
     check_output(output)
     assert sum(asked) + answered == NUM_ROWS - 1, "the wrong row is asked of nobody"
+
+
+def test_results_of_half_a_chunk_that_an_earlier_life_left_stay_done(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer, source: Path
+) -> None:
+    """The chunk's other half is asked for; that mustn't take the first half for lost."""
+    output = source.with_name("out.jsonl")
+    name = dataset_run_id(source, output)
+
+    async def dies_when_all_is_submitted() -> None:
+        async with Client(settings=settings) as client:
+            work = asyncio.create_task(run_dataset(client, source, output, chunk_size=8))
+            while connection.llen("rq:queue:batchmill") < NUM_ROWS // 8 and not work.done():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            work.cancel()
+            await asyncio.wait([work])
+
+    asyncio.run(dies_when_all_is_submitted())
+    half = [
+        GenerationResult(
+            id=str(i),
+            run=name,
+            index=i,
+            text=f"answer to p{i}",
+            finish_reason=FinishReason.STOP,
+        )
+        for i in range(16, 20)
+    ]
+    emit = connection.register_script(load_script("emit"))
+    assert emit(RunKeys.of(name), emit_args(half)) == len(half)
+    run(settings, source, output, answerer=answerer)
+    check_output(output)
+    assert connection.bitcount(RunKeys.of(name).done) == NUM_ROWS
+    assert int(connection.hget(RunKeys.of(name).hash, "done")) == NUM_ROWS
 
 
 def test_jobs_that_vanish_are_sent_again(
