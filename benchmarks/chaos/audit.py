@@ -30,7 +30,6 @@ class Audit:
     attempts: Counter[int] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
     num_results: int = 0
-    duplicates_suppressed: int = 0
     told_again: int = 0
     """Results that a client was told once more, because it was killed and read again."""
     leftovers: Counter[str] = field(default_factory=Counter)
@@ -48,7 +47,6 @@ class Audit:
                 self._check_redis(part, run, len(rows), connection)
         self._check_rest(connection)
         self.violations += happened.bad_drains
-        self.duplicates_suppressed = happened.results_sent - self.num_results
 
     def _wrong(self, words: str) -> None:
         self.violations.append(words)

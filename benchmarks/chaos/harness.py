@@ -78,8 +78,9 @@ class Disturbed:
     exit_codes: Mapping[str, list[int]] = field(default_factory=dict)
     bad_drains: list[str] = field(default_factory=list)
     """Workers that didn't end with 0 when they were asked to at the end."""
-    results_sent: int = 0
-    """How often a worker or client sent a result to Redis, counted there."""
+    duplicates_suppressed: int = 0
+    """Results that Redis was sent for requests that had one; counted there, but for those of the
+    last moments before it was killed."""
 
     def output(self, part: Part) -> Path:
         return self.folder / f"{part.name}.out.jsonl"
@@ -143,13 +144,12 @@ class _Chaos:
         self._timed: list[tuple[float, Callable[[], None]]] = []
         """(monotonic seconds, what to do then)"""
         self._is_redis_up = True
-        self._sent_before = 0
-        self._sent = 0
-        calls = [part for part in happened.parts if part.client == "calls"]
-        self._call_outputs = [happened.output(part) for part in calls]
-        others = [part for part in happened.parts if part.client != "calls"]
-        self._runs = [run for part in others for run, _ in part.runs()]
+        self._runs = [run for part in happened.parts for run, _ in part.runs()]
         self._done = 0
+        self._done_at_start = 0
+        """When this server was started."""
+        self._suppressed = 0
+        """By earlier servers."""
         self._workers = self._make_workers()
         self._clients = {part.name: self._make_client(part) for part in happened.parts}
 
@@ -224,22 +224,19 @@ class _Chaos:
     def _look(self) -> bool:
         """See how far the work is; True if it is further than before."""
         before = self._done
-        # a call is a run of its own, so many that their client's output is looked at instead
-        calls = sum(path.read_bytes().count(b"]\n") for path in self._call_outputs if path.exists())
         with suppress(redis.RedisError):
-            pipeline = self.connection.pipeline(transaction=False)
+            pipeline = self.connection.pipeline()
             for run in self._runs:
                 pipeline.hget(RunKeys.of(run).hash, "done")
-            self._done = calls + sum(int(value or 0) for value in pipeline.execute())
-            self._count_sent()
+            pipeline.info("commandstats")
+            *done, commands = pipeline.execute()
+            self._done = sum(int(value or 0) for value in done)
+            # the script that writes results does one SETBIT for each that it is sent; the server
+            # counts them since its start
+            sent = commands.get("cmdstat_setbit", {}).get("calls", 0)
+            suppressed = self._suppressed + sent - (self._done - self._done_at_start)
+            self._happened.duplicates_suppressed = suppressed
         return self._done > before
-
-    def _count_sent(self) -> None:
-        """The server counts commands since its start; the script that writes results does one
-        SETBIT for each that it is sent."""
-        counted = self.connection.info("commandstats").get("cmdstat_setbit", {}).get("calls", 0)
-        self._sent = counted
-        self._happened.results_sent = self._sent_before + counted
 
     def _take_due(self, now: float) -> None:
         total = self._settings.num_requests
@@ -275,8 +272,7 @@ class _Chaos:
             self._later(0.5, lambda: self._do(fault))
             return
         self._note(fault.kind, "Redis")
-        with suppress(redis.RedisError):
-            self._count_sent()
+        self._look()
         self._is_redis_up = False
         if fault.kind is Kind.STOP_REDIS:
             os.kill(self._server.pid, signal.SIGSTOP)
@@ -291,8 +287,11 @@ class _Chaos:
 
     def _restart_redis(self) -> None:
         self._server.restart(kill=True)
-        self._sent_before += self._sent
+        self._suppressed = self._happened.duplicates_suppressed
         self._is_redis_up = True
+        self._done_at_start = 0
+        self._look()
+        self._done_at_start = self._done
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         self._timed.append((time.monotonic() + seconds, act))
@@ -314,8 +313,7 @@ class _Chaos:
             code = worker.end(timeout_s=30.0)
             if was_running and code != 0:
                 self._happened.bad_drains.append(f"{worker.name} ended with {code}")
-        with suppress(redis.RedisError):
-            self._count_sent()
+        self._look()
 
     def close(self) -> None:
         """End what still runs, however the run ended."""

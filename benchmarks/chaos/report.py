@@ -27,7 +27,7 @@ def report(settings: ChaosSettings, happened: Disturbed, audit: Audit) -> Report
         "results": audit.num_results,
         "finish_reasons": dict(audit.finish_reasons),
         "attempts": dict(sorted(audit.attempts.items())),
-        "duplicates_suppressed": audit.duplicates_suppressed,
+        "duplicates_suppressed": happened.duplicates_suppressed,
         "told_again": audit.told_again,
         "process_starts": dict(happened.starts),
         "keys_without_ttl": dict(audit.leftovers),
