@@ -9,7 +9,7 @@ from queue_api.errors import ConfigurationError
 
 __all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode"]
 
-PartitionStrategy = Literal["uniform", "custom"]
+PartitionStrategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
 PipelineMode = Literal["auto", "inline", "threads"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,6 +31,8 @@ class EngineConfig:
     devices: tuple[str, ...] = ("cpu",)
     """One entry per stage, in order; the same device may stand several times."""
     partition: PartitionStrategy = "uniform"
+    """How layers are shared out: evenly, by free memory, by time, by time within the memory, or
+    as `layer_bounds` says."""
     layer_bounds: tuple[int, ...] | None = None
     """`custom` only: the first layer of every stage but the first, such as (3, 6) for three."""
     max_num_seqs: int = 64
