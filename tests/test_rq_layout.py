@@ -199,3 +199,15 @@ def test_a_claim_whose_answer_was_lost_is_given_back(connection, server):
     assert connection.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"unknown"]
     assert connection.hget("rq:job:unknown", "status") == b"queued"
     assert connection.hget("rq:job:known", "status") == b"started"
+
+
+def test_a_job_that_vanished_isnt_conjured_up(connection, server):
+    enqueue(connection, job_id="one")
+    worker = stock_worker(connection)
+    lease = claim(server.url, worker)
+    connection.delete("rq:job:one")
+    assert finish(server.url, worker, lease, b"1") == 0
+    beat = leased(server.url, worker, lambda leases, _: leases.renew([lease], "busy"))
+    assert beat.lost == {lease.execution_id: ""}
+    assert not connection.exists("rq:job:one")
+    assert connection.zcard(f"rq:wip:{QUEUE}") == 0

@@ -18,6 +18,11 @@ SLOW = "echo:tokens=200,step_s=0.01"
 """Two seconds a request."""
 
 
+def held_by(worker: str) -> str:
+    """The set of what RQ knows a worker to run."""
+    return f"rq:worker:{worker}:executions"
+
+
 def test_a_run_gets_one_result_per_request(connection, start_worker):
     start_worker()
     jobs = submit(connection, "run", [f"word{i} and more" for i in range(100)])
@@ -31,10 +36,11 @@ def test_a_run_gets_one_result_per_request(connection, start_worker):
 
 
 def test_a_killed_workers_jobs_are_finished_by_the_other(connection, start_worker):
-    victim = start_worker("echo:tokens=5,step_s=0.02", lease_s=1, max_num_seqs=8)
-    start_worker("echo:tokens=5,step_s=0.02", lease_s=1, max_num_seqs=8)
+    model = "echo:tokens=5,step_s=0.1"
+    victim = start_worker(model, lease_s=1, max_num_seqs=8, name="victim")
+    start_worker(model, lease_s=1, max_num_seqs=8)
     submit(connection, "run", [f"w{i} x" for i in range(200)])
-    until(lambda: num_done(connection, "run") > 20)
+    until(lambda: num_done(connection, "run") > 20 and connection.scard(held_by("victim")))
     victim.send(signal.SIGKILL)
     found = completed(connection, "run", 200)
     assert len({result.worker for result in found}) == 2

@@ -10,7 +10,7 @@
 -- depend on each other, it repeats, or it holds a slot of a rate limit or a place in a group.
 local id, execution, iso = ARGV[1], ARGV[2], ARGV[3]
 local composite = id .. ':' .. execution
-if not redis.call('ZSCORE', KEYS[2], composite) then
+if not redis.call('ZSCORE', KEYS[2], composite) or redis.call('EXISTS', KEYS[1]) == 0 then
   return 0
 end
 local known = redis.call('HMGET', KEYS[1], 'result_ttl', 'repeats_left', 'rate_limit_key',

@@ -19,7 +19,8 @@ for i = 6, #ARGV, 3 do
   local composite = id .. ':' .. execution
   local job = prefix .. ':job:' .. id
   local executions = prefix .. ':executions:' .. id
-  if redis.call('ZSCORE', registry, composite) then
+  local status = redis.call('HGET', job, 'status')
+  if status and redis.call('ZSCORE', registry, composite) then
     redis.call('ZADD', registry, 'XX', now + lease, composite)
     redis.call('HSET', prefix .. ':execution:' .. composite, 'last_heartbeat', stamp)
     redis.call('EXPIRE', prefix .. ':execution:' .. composite, lease + 60)
@@ -27,11 +28,12 @@ for i = 6, #ARGV, 3 do
     redis.call('EXPIRE', executions, lease + 60)
     redis.call('HSET', job, 'last_heartbeat', iso)
   else
+    redis.call('ZREM', registry, composite)
     redis.call('DEL', prefix .. ':execution:' .. composite)
     redis.call('ZREM', executions, execution)
     redis.call('SREM', KEYS[2], composite)
     reply[#reply + 1] = execution
-    reply[#reply + 1] = redis.call('HGET', job, 'status') or ''
+    reply[#reply + 1] = status or ''
   end
 end
 return reply
