@@ -10,10 +10,11 @@ from engine.batch import ForwardBatch, Segment
 
 __all__ = ["CHECKED_ROWS", "PROBE_LENGTH", "PROBE_SLOTS", "ProbeStep", "probe_steps", "whole_probe"]
 
-PROBE_LENGTH = 11
-PROBE_SLOTS = 32
-_CUT = 5
-CHECKED_ROWS = [_CUT - 1, PROBE_LENGTH - 1]
+_ENDS = (6, 7, 15, 16)
+"""Where the probe's chunks end: a prompt, a decode, a chunk behind a past, a decode."""
+PROBE_LENGTH = _ENDS[-1]
+PROBE_SLOTS = 2 * PROBE_LENGTH
+CHECKED_ROWS = [end - 1 for end in _ENDS]
 """Positions whose output is compared: the last of each chunk."""
 
 
@@ -26,20 +27,20 @@ class ProbeStep:
 
 
 def probe_steps(*, use_cache: bool) -> list[ProbeStep]:
-    """Two steps of the probed sequence: a chunk, then the rest behind a neighbour's decode."""
-    neighbour = [PROBE_LENGTH - 1 - i for i in range(4)]  # other tokens, so leaks show
-    past = _CUT if use_cache else 0
-    neighbour_past = 3 if use_cache else 0
-    first = _step([(0, list(range(_CUT)), 0), (1, neighbour[:3], 0)], use_cache, checked=0)
-    second = _step(
-        [
-            (1, neighbour[neighbour_past:], neighbour_past),
-            (0, list(range(past, PROBE_LENGTH)), past),
-        ],
-        use_cache,
-        checked=1,
-    )
-    return [first, second]
+    """The probed sequence chunk by chunk, next to a neighbour that reads, then decodes."""
+    steps = []
+    for i, end in enumerate(_ENDS):
+        past = _ENDS[i - 1] if i and use_cache else 0
+        seen = 2 + i if i and use_cache else 0
+        # The probe's own tokens backwards, so that leaks show.
+        neighbour = [PROBE_LENGTH - 1 - j for j in range(3 + i)]
+        parts = [(1, neighbour[seen:], seen), (0, list(range(past, end)), past)]
+        checked = 1
+        if i % 2 == 0:  # in either order
+            parts.reverse()
+            checked = 0
+        steps.append(_step(parts, use_cache, checked=checked))
+    return steps
 
 
 def whole_probe() -> ForwardBatch:

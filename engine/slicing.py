@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint import Checkpoint, layer_of
 from engine.partition import StageSpec
-from queue_api.errors import ModelNotFoundError, UnsupportedModelError
+from queue_api.errors import BatchmillError, ModelNotFoundError, UnsupportedModelError
 
-__all__ = ["find_layers", "load_config", "load_slice", "resolve_dtype"]
+__all__ = ["Absent", "find_layers", "load_config", "load_slice", "resolve_dtype"]
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -56,10 +56,12 @@ def find_layers(model: Any) -> tuple[nn.Module, str]:
     :raises UnsupportedModelError: if there is no such list
     """
     num_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                return module, name
+    # The decoder first: a vision tower may have as many layers, and stand before it.
+    for root in (model.get_decoder(), model.base_model):
+        for module in root.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                    return module, name
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of {num_layers} decoder layers to cut"
     )
@@ -82,13 +84,32 @@ def load_slice(
     :raises UnsupportedModelError: if the class can't be cut
     :raises ModelNotFoundError: if a weight that the slice needs isn't in the checkpoint
     """
+    try:
+        return _load_slice(checkpoint, config, spec, dtype, trust_remote_code)
+    except (BatchmillError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the code of a model that wasn't made to be cut may fail in any way
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: layers {spec.first_layer} to {spec.end_layer - 1} can't be cut "
+            f"out ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _load_slice(
+    checkpoint: Checkpoint,
+    config: Any,
+    spec: StageSpec,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Any:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
     whole = set(skeleton.state_dict())
     _prune(skeleton, spec)
-    names = _needed(checkpoint, config, spec, absent=whole - set(skeleton.state_dict()))
+    held = set(skeleton.state_dict())
+    names = _needed(checkpoint, config, spec, held=held, absent=whole - held)
     with checkpoint.open(names) as tensors, _quiet_loading():
         model, report = _pruned_class(type(skeleton), spec).from_pretrained(
             None,
@@ -117,26 +138,34 @@ def _own_attention(config: Any) -> dict[str, str]:
     return {} if softcap is None else {"attn_implementation": "eager"}
 
 
-def _needed(checkpoint: Checkpoint, config: Any, spec: StageSpec, absent: set[str]) -> list[str]:
+def _needed(
+    checkpoint: Checkpoint, config: Any, spec: StageSpec, *, held: set[str], absent: set[str]
+) -> list[str]:
     """Names in the checkpoint that the slice may need.
 
     A checkpoint may name its tensors otherwise than the model does (transformers renames and
     merges while loading), so what the slice is known not to have is left out, not the reverse.
+    A vision tower may have as many layers as the text model: what the slice holds is kept.
     """
     lists = checkpoint.layer_lists(config.get_text_config().num_hidden_layers)
     own_layers = range(spec.first_layer, spec.end_layer)
     names = []
     for name in checkpoint.weight_map:
         layer = layer_of(name, lists)
-        if name not in absent and (layer is None or layer in own_layers):
+        if name in held or (name not in absent and (layer is None or layer in own_layers)):
             names.append(name)
     return names
 
 
-class _Absent(nn.Module):
+class Absent(nn.Module):
     """Stands where another stage's module was, and hands on what it is given."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_calls += 1
         return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -146,7 +175,7 @@ def _prune(model: Any, spec: StageSpec) -> None:
     layers = cast(nn.ModuleList, getattr(owner, attribute))
     for i in range(len(layers)):
         if not spec.first_layer <= i < spec.end_layer:
-            layers[i] = _Absent()
+            layers[i] = Absent()
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     behind_layers = False
@@ -155,14 +184,22 @@ def _prune(model: Any, spec: StageSpec) -> None:
             behind_layers = True
         elif child is embedding:
             if not spec.is_first and not (spec.is_last and tied):
-                setattr(owner, name, _Absent())
-        elif behind_layers and not spec.is_last and next(child.parameters(), None) is not None:
-            setattr(owner, name, _Absent())  # the final norm
+                setattr(owner, name, Absent())
+        elif behind_layers and not spec.is_last and _is_final(name, child):
+            setattr(owner, name, Absent())
     if not spec.is_last:
         for name, child in list(model.named_children()):
             if child is head:
-                setattr(model, name, _Absent())
+                setattr(model, name, Absent())
                 model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+
+
+def _is_final(name: str, module: nn.Module) -> bool:
+    """True for what is defined and run behind the layers: the final norm and the like.
+
+    Some models define the norm of their embeddings there; the check at load finds any others.
+    """
+    return "emb" not in name and next(module.parameters(), None) is not None
 
 
 def _pruned_class(cls: type[Any], spec: StageSpec) -> Any:

@@ -19,15 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from engine.attention import ATTENTION_NAME, AttentionCall, attending
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
+from engine.cut_check import LayerInputs, hidden_place
 from engine.kv_cache import KVPool, KVShape
 from engine.packed_linear import can_pack, pack_linears
 from engine.partition import StageSpec
 from engine.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
-from engine.slicing import find_layers, forward_parameters, load_slice
+from engine.slicing import Absent, find_layers, forward_parameters, load_slice
 from queue_api.errors import UnsupportedModelError
 
 __all__ = ["Stage"]
@@ -50,18 +52,21 @@ class Stage:
         self.mode: Literal["packed", "single"] = "packed"
         self.pool: KVPool | None = None
         self.kv_shapes: list[KVShape] = []
-        self._caches: dict[int, DynamicCache] = {}
+        self._caches: dict[int, StageCache] = {}
+        self._stepwise = False
         self._inbound: torch.Tensor | None = None
         self._outbound: torch.Tensor | None = None
         self._layers: Sequence[nn.Module] = getattr(*find_layers(model))
         self._own_attention = model.config._attn_implementation
         self._takes = forward_parameters(model.base_model)
+        self._cache_name = "cache_params" if "cache_params" in self._takes else "past_key_values"
         self._selects_logits = "logits_to_keep" in forward_parameters(model)
         self._embedding_size = _embedding_size(model.config.get_text_config())
         if not spec.is_first:
             self._layers[0].register_forward_pre_hook(self._inject, with_kwargs=True)
         if not spec.is_last:
             self._layers[-1].register_forward_hook(self._capture)
+        self._blank_noise = 0.0
 
     @classmethod
     def load(
@@ -140,26 +145,31 @@ class Stage:
         due = set(logit_rows.tolist())
         outputs = []
         for segment in batch.segments:
+            if self.use_cache and segment.past == 0:
+                self._caches[segment.number] = StageCache(config=self.model.config)
             end = segment.start + segment.count
-            cache = None
-            if self.use_cache:
-                if segment.past == 0:
-                    self._caches[segment.number] = DynamicCache(config=self.model.config)
-                cache = self._caches[segment.number]
-            last_row = torch.tensor([segment.count - 1], device=self.device)
-            out = self._forward(
-                inbound[:, segment.start : end],
-                positions[None, segment.start : end],
-                last_row,
-                past_key_values=cache,
-                use_cache=self.use_cache,
-            )
-            if not self.spec.is_last or end - 1 in due:
-                outputs.append(out)
+            step = 1 if self._stepwise and segment.past else segment.count
+            for start in range(segment.start, end, step):
+                rows = slice(start, start + step)
+                past = segment.past + start - segment.start
+                out = self._run_one(inbound[:, rows], positions[None, rows], segment.number, past)
+                if not self.spec.is_last or start + step - 1 in due:
+                    outputs.append(out)
         if self.spec.is_last:
             vocabulary = self.model.config.get_text_config().vocab_size
             return torch.cat(outputs) if outputs else inbound.new_empty(0, vocabulary)
         return torch.cat(outputs, dim=1)
+
+    def _run_one(
+        self, inbound: torch.Tensor, positions: torch.Tensor, number: int, past: int
+    ) -> torch.Tensor:
+        """Tokens of one sequence, with its own cache; the last token's logits [1, V]."""
+        cache = self._caches[number] if self.use_cache else None
+        if cache is not None:
+            cache.num_seen = past
+        last_row = torch.tensor([inbound.shape[1] - 1], device=self.device)
+        kwargs = {self._cache_name: cache, "use_cache": self.use_cache}
+        return self._forward(inbound, positions, last_row, **kwargs)
 
     def _forward(
         self,
@@ -177,8 +187,10 @@ class Stage:
         else:
             # What the model computes ahead of its layers runs on zeros; `_inject` replaces it.
             self._inbound = inbound
-            blank = torch.zeros(1, 1, self._embedding_size, dtype=self.dtype, device=self.device)
-            kwargs["inputs_embeds"] = blank.expand(1, positions.shape[1], -1)
+            shape = (1, positions.shape[1], self._embedding_size)
+            kwargs["inputs_embeds"] = torch.full(
+                shape, self._blank_noise, dtype=self.dtype, device=self.device
+            )
         if not self.spec.is_last:
             self.model.base_model(**kwargs)
             out, self._outbound = self._outbound, None
@@ -194,7 +206,8 @@ class Stage:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": self._inbound}
-        return (self._inbound, *args[1:]), kwargs
+        place = hidden_place(self._layers[0])
+        return (*args[:place], self._inbound, *args[place + 1 :]), kwargs
 
     def _capture(self, _module: nn.Module, _args: object, out: Any) -> None:
         self._outbound = out[0] if isinstance(out, tuple) else out
@@ -209,16 +222,23 @@ class Stage:
         :raises UnsupportedModelError: if neither is
         """
         inbound = self._probe_input()
-        positions = torch.arange(PROBE_LENGTH, device=self.device)
-        ones = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=self.device)
-        expected = self._forward(inbound, positions[None], positions, attention_mask=ones)
-        expected = expected.reshape(PROBE_LENGTH, -1)[CHECKED_ROWS]
+        try:
+            expected = self._expected(inbound)
+        except UnsupportedModelError:
+            raise
+        except Exception as problem:  # any model code may fail in any way
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} can't run as a stage "
+                f"({type(problem).__name__}: {problem})"
+            ) from problem
         if pack_weights:
             pack_linears(self.model)
-        reasons = []
-        for mode in ("packed", "single"):
+        reasons: list[str] = []
+        modes: tuple[tuple[Literal["packed", "single"], bool], ...]
+        modes = (("packed", False), ("single", False), ("single", True))
+        for mode, stepwise in modes:
             try:
-                self._set_mode(mode)
+                self._set_mode(mode, stepwise=stepwise)
                 error = _relative_error(self._probe(inbound), expected)
             except Exception as problem:  # any model code may fail in any way
                 reasons.append(f"{mode}: {type(problem).__name__}: {problem}")
@@ -236,8 +256,45 @@ class Stage:
             f"{type(self.model).__name__} can't run here without being wrong: {'; '.join(reasons)}"
         )
 
-    def _set_mode(self, mode: Literal["packed", "single"]) -> None:
+    def _expected(self, inbound: torch.Tensor) -> torch.Tensor:
+        """What the model itself makes of the probe, in its checked rows.
+
+        :raises UnsupportedModelError: if its layers need more than hidden states from other stages
+        """
+        absent = [module for module in self.model.modules() if isinstance(module, Absent)]
+        early: list[int] = []
+        hook = self._layers[0].register_forward_pre_hook(
+            lambda *_: early.append(sum(module.num_calls for module in absent))
+        )
+        with LayerInputs(self._layers) as inputs:
+            expected = self._whole(inbound)
+        hook.remove()
+        if self.spec.is_first and self.spec.is_last:
+            return expected
+        name = type(self.model).__name__
+        if self.spec.is_first and early[0]:
+            raise UnsupportedModelError(f"{name} needs modules of other stages before its layers")
+        with LayerInputs(self._layers) as others:
+            self._blank_noise = 1.0
+            self._whole(inbound.flip(1))
+        noisy = self._whole(inbound)
+        self._blank_noise = 0.0
+        if (strange := inputs.strange()) or (strange := inputs.differ(others)):
+            raise UnsupportedModelError(f"{name}: layers pass on {strange} besides hidden states")
+        if _relative_error(noisy, expected) > 1e-5:
+            raise UnsupportedModelError(f"{name}: all layers need the embeddings")
+        return expected
+
+    def _whole(self, inbound: torch.Tensor) -> torch.Tensor:
+        """The model's own output for the probe in one go, in its checked rows."""
+        positions = torch.arange(PROBE_LENGTH, device=self.device)
+        ones = torch.ones(1, PROBE_LENGTH, dtype=torch.bool, device=self.device)
+        out = self._forward(inbound, positions[None], positions, attention_mask=ones)
+        return out.reshape(PROBE_LENGTH, -1)[CHECKED_ROWS]
+
+    def _set_mode(self, mode: Literal["packed", "single"], *, stepwise: bool) -> None:
         """Switch the attention, and see that a single cache counts the stage's own layers."""
+        self._stepwise = stepwise
         config = self.model.config
         text = config.get_text_config()
         if mode == "packed":
@@ -248,7 +305,7 @@ class Stage:
         else:
             inner: Iterator[Any] = (m for layer in self._layers for m in layer.modules())
             for module in inner:
-                if isinstance(index := getattr(module, "layer_idx", None), int):
+                if isinstance(index := getattr(module, "layer_idx", None), int) and not stepwise:
                     module.layer_idx = index - self.spec.first_layer
         self.mode = mode
         chosen = ATTENTION_NAME if mode == "packed" else self._own_attention
@@ -295,6 +352,28 @@ class Stage:
         if call.num_calls != num_layers or sorted(call.shapes) != list(range(num_layers)):
             raise UnsupportedModelError(f"{call.num_calls} attention calls in {num_layers} layers")
         return [call.shapes[i] for i in range(num_layers)]
+
+
+class StageCache(DynamicCache):
+    """transformers' cache, which a stage without attention layers can ask for its length, too."""
+
+    num_seen = 0
+    """Tokens before the ones that are run now; set by the stage."""
+
+    @property
+    def _counts(self) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        if self.layers and not self._counts:
+            return self.num_seen
+        return int(super().get_seq_length(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self.layers and not self._counts:
+            return self.num_seen + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
