@@ -21,7 +21,8 @@ from rq.job import Job
 
 from queue_api.errors import BatchmillError, InvalidRequestError
 from queue_api.runs import is_run_id
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.sampling import SAMPLING_FIELDS
+from queue_api.schemas import GenerationRequest
 
 __all__ = [
     "GENERATE",
@@ -167,7 +168,7 @@ def parse_item(item: object) -> GenerationRequest:
 def _nest_sampling(fields: Mapping[str, object]) -> dict[str, object]:
     """Flat fields, as users write them, to the wire form with `sampling` apart."""
     flat = dict(fields)
-    sampling = {name: flat.pop(name) for name in SamplingParams.model_fields if name in flat}
+    sampling = {name: flat.pop(name) for name in SAMPLING_FIELDS & flat.keys()}
     if sampling:
         if "sampling" in flat:
             raise InvalidRequestError("give sampling fields flat or in 'sampling', not both")

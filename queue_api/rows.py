@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from queue_api.errors import DuplicateRequestError, InvalidRequestError, RequestError
 from queue_api.lines import MAX_LINE_BYTES, read_lines
+from queue_api.sampling import SAMPLING_FIELDS
 from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams
 from queue_api.submission import as_request, request_id
 
@@ -30,12 +31,13 @@ logger = logging.getLogger(__name__)
 
 REQUEST_COLUMNS = frozenset(
     # a column `metadata` is the user's like any other, and comes back as such
-    {*GenerationRequest.model_fields, *SamplingParams.model_fields} - {"metadata"}
+    {*GenerationRequest.model_fields, *SAMPLING_FIELDS} - {"metadata"}
 )
 OUTPUT_COLUMNS = (
     "row",
     "text",
     "token_ids",
+    "logprobs",
     "finish_reason",
     "usage",
     "timings",
@@ -106,6 +108,8 @@ class RowParser:
             for name, value in _with_text_id(columns).items()
             if name in REQUEST_COLUMNS and value is not None
         }
+        if isinstance(fields.get("logprobs"), list):
+            del fields["logprobs"]  # those of an output that is used as input again
         if self.keep_columns:
             fields["metadata"] = {k: v for k, v in columns.items() if k not in REQUEST_COLUMNS}
             if isinstance(given, int):
@@ -146,6 +150,8 @@ def output_row(columns: Mapping[str, Any], result: GenerationResult) -> dict[str
     row["text"] = result.text
     if result.token_ids is not None:
         row["token_ids"] = result.token_ids
+    if result.logprobs is not None:
+        row["logprobs"] = [token.model_dump(mode="json") for token in result.logprobs]
     row["finish_reason"] = result.finish_reason.value
     row["usage"] = {
         "prompt_tokens": result.prompt_tokens,

@@ -1,7 +1,7 @@
 """What travels through Redis: requests, results and their parts, as pydantic models.
 
-This module is the one description of the wire. It imports neither redis nor torch, so the
-engine may use it as well as the client.
+With `sampling.py` this module is the one description of the wire. It imports neither redis nor
+torch, so the engine may use it as well as the client.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,6 +21,7 @@ from pydantic import (
 from pydantic_core import to_json
 
 from queue_api.errors import GenerationFailedError, InvalidRequestError, RequestError
+from queue_api.sampling import WIRE, SamplingParams, TokenId
 
 __all__ = [
     "ChatMessage",
@@ -31,26 +31,15 @@ __all__ = [
     "GenerationResult",
     "JobTimings",
     "SamplingParams",
+    "TokenLogprob",
+    "TokenLogprobs",
     "describe",
 ]
 
 MAX_ID_CHARS = 256
 MAX_MESSAGES = 4096
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 512
 MAX_PROMPT_CHARS = 4 * 2**20
 MAX_METADATA_BYTES = 256 * 2**10
-DEFAULT_MAX_TOKENS = 128
-
-
-def _as_list(value: object) -> object:
-    """Let one stop string stand for a list of one, as OpenAI and vLLM do."""
-    return [value] if isinstance(value, str) else value
-
-
-_Wire = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-_TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class FinishReason(StrEnum):
@@ -66,35 +55,10 @@ class FinishReason(StrEnum):
     """Cancelled by a client."""
 
 
-class SamplingParams(BaseModel):
-    """How the next token is chosen and when to stop. Names are vLLM's."""
-
-    model_config = _Wire
-
-    max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, lt=2**31, strict=True)
-    """At most so many new tokens."""
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
-    """0 is greedy."""
-    top_k: int = Field(default=0, ge=-1, strict=True)
-    """Sample among the k likeliest tokens; 0 and -1 mean all."""
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Sample among the likeliest tokens that together reach this probability."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63, strict=True)
-    """Fixes the draw. Unset, it follows from the request's run and id, so a retry repeats it."""
-    stop: Annotated[
-        list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOP_STRINGS)
-    ] = []
-    """Text that ends generation; it isn't part of the result's text."""
-    stop_token_ids: list[_TokenId] = Field(default=[], max_length=256)
-    """Token ids that end generation, besides the model's end-of-text ids."""
-    ignore_eos: bool = False
-    """Go on past the model's end-of-text token (stop_token_ids still end generation)."""
-
-
 class ChatMessage(BaseModel):
     """One turn of a conversation, to be rendered by the model's chat template."""
 
-    model_config = _Wire
+    model_config = WIRE
 
     role: str = Field(min_length=1, max_length=64)
     content: str = Field(max_length=MAX_PROMPT_CHARS)
@@ -103,12 +67,12 @@ class ChatMessage(BaseModel):
 class GenerationRequest(BaseModel):
     """One prompt, as text, token ids or chat messages, and how to continue it."""
 
-    model_config = _Wire
+    model_config = WIRE
 
     id: str = Field(min_length=1, max_length=MAX_ID_CHARS)
     prompt: (
         Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
-        | Annotated[list[_TokenId], Field(max_length=MAX_PROMPT_CHARS, fail_fast=True)]
+        | Annotated[list[TokenId], Field(max_length=MAX_PROMPT_CHARS, fail_fast=True)]
         | None
     ) = None
     messages: (
@@ -164,7 +128,7 @@ class GenerationRequest(BaseModel):
 class ErrorDetail(BaseModel):
     """What went wrong with one request."""
 
-    model_config = _Wire
+    model_config = WIRE
 
     code: str
     """Stable and short, such as `prompt_too_long`."""
@@ -181,7 +145,7 @@ class ErrorDetail(BaseModel):
 class JobTimings(BaseModel):
     """Where a request's time went, in seconds. The first four add up to `total_s`."""
 
-    model_config = _Wire
+    model_config = WIRE
 
     queue_s: float = 0.0
     """Enqueued until the engine admits it to a batch."""
@@ -200,6 +164,27 @@ class JobTimings(BaseModel):
     """This request's share of the time in each stage: a step's time over the sequences in it."""
 
 
+class TokenLogprob(BaseModel):
+    """A token and the natural logarithm of its probability."""
+
+    model_config = WIRE
+
+    token_id: int
+    token: str
+    """Its text alone; a part of a character is shown as U+FFFD."""
+    logprob: float
+    """Of the model's own distribution, before any sampling field; at least -9999."""
+
+
+class TokenLogprobs(TokenLogprob):
+    """One new token, and the likeliest in its place."""
+
+    rank: int
+    """1 if none was likelier."""
+    top: list[TokenLogprob] = []
+    """As many as asked for, the likeliest first."""
+
+
 class GenerationResult(BaseModel):
     """The one terminal result of a request."""
 
@@ -211,6 +196,8 @@ class GenerationResult(BaseModel):
     """Place of the request in its run."""
     text: str = ""
     token_ids: list[int] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One per new token, if asked for."""
     finish_reason: FinishReason
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -270,7 +257,7 @@ def _field_name(location: tuple[int | str, ...]) -> str:
         return "sampling"
     name = ""
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or part.isdecimal():
             name += f"[{part}]"
         elif part.isidentifier() and not (part == "sampling" and name == "") and part not in _TYPES:
             name += f".{part}" if name else part
@@ -301,6 +288,8 @@ def _complaint(field: str, item: Any) -> str:
     if kind in ("string_too_short", "too_short"):
         return f"'{field}' is empty"
     message = item["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and field == "sampling":
+        return str(message)
     if kind in _LIMITS:
         message = _LIMITS[kind].format(**context)
     elif not field:

@@ -9,6 +9,7 @@ from typing import Any
 from queue_api.chunk_writer import ChunkWriter
 from queue_api.errors import DuplicateRequestError, InvalidRequestError, RequestError
 from queue_api.jobs import request_from_fields
+from queue_api.sampling import own_names
 from queue_api.schemas import MAX_ID_CHARS, GenerationRequest, GenerationResult, SamplingParams
 from queue_api.store import RunStore
 
@@ -39,7 +40,7 @@ def as_request(
         raise InvalidRequestError(f"a request is an object or a text, not {given!r:.60}")
     fields: dict[str, object] = {"id": str(index), **given}
     if defaults is not None and "sampling" not in fields:
-        fields = {**defaults.model_dump(exclude_unset=True), **fields}
+        fields = {**defaults.model_dump(exclude_unset=True), **own_names(fields)}
     return request_from_fields(fields)
 
 

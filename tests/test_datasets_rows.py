@@ -17,7 +17,7 @@ from queue_api.errors import DatasetError, InvalidRequestError, RequestError
 from queue_api.lines import MAX_LINE_BYTES, count_lines, read_lines
 from queue_api.row_writer import RowWriter
 from queue_api.rows import OUTPUT_COLUMNS, Row, RowParser, dump_row, output_row
-from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams
+from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams, TokenLogprobs
 
 JSON_VALUES = st.recursive(
     st.none()
@@ -54,6 +54,21 @@ def test_columns_come_back_untouched(columns: dict[str, Any], prompt: str) -> No
     if columns.get("id") is not None:
         assert out["id"] == columns["id"]
         assert type(out["id"]) is type(columns["id"])
+
+
+def test_logprobs_are_a_column_and_no_field_when_the_output_is_used_as_input() -> None:
+    (row,) = parse('{"prompt": "a", "logprobs": 0}')
+    assert isinstance(row.request, GenerationRequest)
+    assert row.request.sampling.logprobs == 0
+    token = TokenLogprobs(token_id=5, token="x", logprob=-0.5, rank=1)
+    result = GenerationResult(id="0", finish_reason="stop", logprobs=[token])
+    out = output_row(row.columns, result)
+    assert out["logprobs"] == [{"token_id": 5, "token": "x", "logprob": -0.5, "rank": 1, "top": []}]
+    assert out["input_logprobs"] == 0
+    (again,) = parse(json.dumps(out))
+    assert isinstance(again.request, GenerationRequest)
+    assert again.request.sampling.logprobs is None
+    assert GenerationResult.model_validate_json(result.model_dump_json()) == result
 
 
 def test_the_id_keeps_its_type_and_defaults_to_the_row() -> None:

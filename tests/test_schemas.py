@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from queue_api.errors import GenerationFailedError, InvalidRequestError
 from queue_api.jobs import request_from_fields
 from queue_api.schemas import ErrorDetail, GenerationRequest, GenerationResult, SamplingParams
+from queue_api.submission import as_request
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,33 @@ from queue_api.schemas import ErrorDetail, GenerationRequest, GenerationResult, 
         ({"prompt": "x", "stop": ["a"] * 17}, "must have at most 16 items"),
         ({"prompt": "x", "stop_token_ids": [-1]}, "'stop_token_ids[0]' is -1"),
         ({"prompt": "x", "max_token": 1}, "unknown field 'max_token'"),
+        ({"prompt": "x", "max_new_token": 1}, "unknown field 'max_new_token'"),
+        ({"prompt": "x", "max_new_tokens": 0}, "'max_tokens' is 0: must be at least 1"),
+        (
+            {"prompt": "x", "max_new_tokens": 1, "max_tokens": 1},
+            "give 'max_tokens' or its other name 'max_new_tokens', not both",
+        ),
+        ({"prompt": "x", "do_sample": "yes"}, "'do_sample' is 'yes': must be a valid boolean"),
+        (
+            {"prompt": "x", "do_sample": True, "temperature": 0},
+            "'do_sample' is True, but 'temperature' is 0",
+        ),
+        ({"prompt": "x", "min_p": 1.5}, "'min_p' is 1.5: must be at most 1"),
+        (
+            {"prompt": "x", "min_tokens": 9, "max_tokens": 8},
+            "'min_tokens' is 9: must be at most max_tokens, 8",
+        ),
+        (
+            {"prompt": "x", "repetition_penalty": 0},
+            "'repetition_penalty' is 0: must be at least 0.01",
+        ),
+        ({"prompt": "x", "presence_penalty": 3}, "'presence_penalty' is 3: must be at most 2"),
+        ({"prompt": "x", "frequency_penalty": -3}, "'frequency_penalty' is -3: must be at least"),
+        ({"prompt": "x", "logit_bias": {"5": 101}}, "'logit_bias[5]' is 101: must be at most 100"),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, "'logit_bias.a' is 'a': must be a valid integer"),
+        ({"prompt": "x", "bad_words": ["a", ""]}, "'bad_words[1]' is empty"),
+        ({"prompt": "x", "logprobs": 21}, "'logprobs' is 21: must be at most 20"),
+        ({"prompt": "x", "n": 2}, "unknown field 'n'"),
         ({"prompt": "x", "id": ""}, "'id' is empty"),
         ({"prompt": "x", "id": "x" * 257}, "must have at most 256 characters"),
         ({"prompt": "x", "sampling": 3}, "'sampling' is 3"),
@@ -76,6 +104,14 @@ def test_all_wrong_fields_are_named_and_long_values_shortened() -> None:
             seed=st.none() | st.integers(0, 2**63 - 1),
             stop=st.just([]),
             stop_token_ids=st.just([]),
+            min_tokens=st.just(0),
+            min_p=st.floats(0, 1),
+            repetition_penalty=st.floats(0.01, 100),
+            presence_penalty=st.floats(-2, 2),
+            frequency_penalty=st.floats(-2, 2),
+            logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100)),
+            bad_words=st.just(["a"]),
+            logprobs=st.none() | st.integers(0, 20),
         ),
         metadata=st.dictionaries(st.just("key"), st.integers() | st.none()),
     )
@@ -83,6 +119,34 @@ def test_all_wrong_fields_are_named_and_long_values_shortened() -> None:
 def test_a_request_travels_unchanged(request_: GenerationRequest) -> None:
     wire = request_.model_dump_json(exclude_defaults=True)
     assert GenerationRequest.model_validate_json(wire) == request_
+
+
+def test_names_of_transformers_are_understood() -> None:
+    fields = {"max_new_tokens": 7, "stop_strings": "x", "do_sample": True}
+    request = request_from_fields({"id": "i", "prompt": "p", **fields})
+    assert request.sampling == SamplingParams(max_tokens=7, stop=["x"], temperature=1.0)
+    nested = GenerationRequest.parse({"id": "i", "prompt": "p", "sampling": fields})
+    assert nested == request
+
+
+@pytest.mark.parametrize(
+    ("fields", "temperature"),
+    [
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"do_sample": True, "temperature": 0.7}, 0.7),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": None}, 0.0),
+    ],
+    ids=str,
+)
+def test_do_sample_decides_about_greedy(fields: dict[str, Any], temperature: float) -> None:
+    assert SamplingParams(**fields).temperature == temperature
+
+
+def test_another_name_goes_before_a_default() -> None:
+    defaults = SamplingParams(max_tokens=64, temperature=0.7)
+    request = as_request({"prompt": "p", "max_new_tokens": 8, "do_sample": False}, 0, defaults)
+    assert (request.sampling.max_tokens, request.sampling.temperature) == (8, 0.0)
 
 
 def test_raise_for_error_returns_text_and_raises_the_rest() -> None:
