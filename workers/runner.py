@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
-import redis.asyncio as aredis
 from redis.exceptions import RedisError
 
 from queue_api.errors import InvalidRequestError, RequestError
@@ -24,7 +23,6 @@ from workers.engine_loop import Completion, EngineLoop, Refusal
 from workers.leases import Lease, Leases
 from workers.outcomes import CANCELLED, TIMEOUT, result_of, time_limit
 from workers.publisher import Publisher, Unwritten
-from workers.run_lookup import look_up
 from workers.splitting import Because
 
 __all__ = ["Ends", "Runner"]
@@ -50,7 +48,6 @@ class Runner:
 
     def __init__(
         self,
-        connection: aredis.Redis,
         leases: Leases,
         publisher: Publisher,
         engine: EngineLoop,
@@ -59,7 +56,6 @@ class Runner:
         checkpoints: Checkpoints,
         ends: Ends,
     ) -> None:
-        self._connection = connection
         self._leases = leases
         self._publisher = publisher
         self._engine = engine
@@ -283,10 +279,21 @@ class Runner:
         because = Because.FAILED if has_retries else Because.DEAD
         self._ends.split(job, run, requests, because)
 
+    def split_suspects(self, job: ActiveJob, run: str) -> None:
+        """Give each request of a chunk that a worker died of a job of its own."""
+        job.is_ending = True
+        self._ends.split(job, run, job.take_left(), Because.SUSPECT)
+
     def cancel(self, job: ActiveJob) -> None:
         """End what is left of a job with `cancelled` results."""
         self._withdraw_all(job)
         self._cancel_requests(job)
+        self._finish_if_done(job)
+
+    def drop(self, job: ActiveJob, indexes: Collection[int]) -> None:
+        """Leave out requests that have their results from elsewhere."""
+        for index in [index for index in job.left if index in indexes]:
+            self._withdraw(job.left.pop(index))
         self._finish_if_done(job)
 
     def stop(self, job: ActiveJob) -> bool:
@@ -338,38 +345,3 @@ class Runner:
     def _cancel_requests(self, job: ActiveJob) -> None:
         for active in list(job.left.values()):
             self._end_with_error(active, CANCELLED, cancelled=True)
-
-    # --- keep -------------------------------------------------------------------------------
-
-    async def beat(self) -> bool:
-        """Renew all leases and act on what changed; False if RQ has forgotten the worker."""
-        state = "suspended" if self.is_suspended else "busy" if self.active else "idle"
-        held = [job.lease for job in self.active.values()]
-        beat = await self._leases.renew(held, state)
-        for execution_id, status in beat.lost.items():
-            self.lose(execution_id, status)
-        await self._drop_unwanted()
-        return beat.is_known
-
-    def split_suspects(self, job: ActiveJob, run: str) -> None:
-        """Give each request of a chunk that a worker died of a job of its own."""
-        job.is_ending = True
-        self._ends.split(job, run, job.take_left(), Because.SUSPECT)
-
-    async def _drop_unwanted(self) -> None:
-        """Stop what a client has cancelled: whole runs, and requests answered in our stead."""
-        left: dict[str, list[int]] = {}
-        for job in self.active.values():
-            if job.run is not None and not job.is_ending:
-                left.setdefault(job.run, []).extend(job.left)
-        found = await look_up(self._connection, list(left), left)
-        for job in list(self.active.values()):
-            if job.is_ending or job.run is None:
-                continue
-            done = found.done.get(job.run, frozenset())
-            for active in [job.left[index] for index in done & job.left.keys()]:
-                self._withdraw(active)
-                del job.left[active.index]
-            if job.run in found.cancelled:
-                self.cancel(job)
-            self._finish_if_done(job)

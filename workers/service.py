@@ -18,6 +18,7 @@ from workers.doorbell import Doorbell
 from workers.ends import RareEnds, RQThread
 from workers.engine_loop import Engine, EngineLoop
 from workers.intake import Intake, patiently
+from workers.keeper import Keeper
 from workers.leases import Leases
 from workers.maintenance import Maintenance
 from workers.publisher import Publisher
@@ -80,7 +81,6 @@ class Service:
             self._connection, self._scripts, settings.checkpoint_tokens, model
         )
         self._runner = Runner(
-            self._connection,
             leases,
             self._publisher,
             self._engine_loop,
@@ -89,6 +89,7 @@ class Service:
             ends=self._ends,
         )
         self._ends.attach(self._runner)
+        self._keeper = Keeper(self._connection, leases, self._runner)
         self._intake = Intake(
             self._connection, leases, self._checkpoints, self._runner, settings.requests_held
         )
@@ -208,7 +209,7 @@ class Service:
         while True:
             await asyncio.sleep(min(self._settings.lease_s / 4, LONGEST_BEAT_S))
             try:
-                if not await self._runner.beat():
+                if not await self._keeper.beat():
                     await self._rq_thread.run(self._maintenance.register_again)
             except (RedisError, OSError) as error:
                 logger.warning("leases couldn't be renewed: %s", error)
