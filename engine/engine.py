@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 try:
     import torch
@@ -19,7 +20,10 @@ except ImportError as error:
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.costs import CostModel, plan_model
 from engine.kv_cache import SlotAllocator
+from engine.logits import LogitsChange
+from engine.logprobs import described, logprobs_of
 from engine.memory import fitting_slots
 from engine.partition import PartitionPlan, plan_partition
 from engine.pipeline import InlinePipeline, Pipeline, ThreadedPipeline
@@ -27,6 +31,7 @@ from engine.sampler import NO_TOKEN, choose_tokens
 from engine.scheduler import Scheduler
 from engine.sequence import Completion, seed_from_key
 from engine.sequence import Sequence as Text
+from engine.sizes import ModelSizes
 from engine.slicing import load_config, resolve_dtype
 from engine.stage import Stage
 from engine.tokenizer import Tokenizer
@@ -40,7 +45,7 @@ from queue_api.errors import (
 )
 from queue_api.schemas import FinishReason, GenerationRequest
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "length_limit"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +102,11 @@ class Engine:
         model_config = load_config(checkpoint, trust_remote_code=trust)
         text_config = model_config.get_text_config()
         _check_devices(config.devices)
-        plan = plan_partition(
-            text_config.num_hidden_layers, config.devices, config.partition, config.layer_bounds
-        )
-        tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
         dtype = resolve_dtype(config.dtype, model_config, config.devices)
+        limit = length_limit(config, text_config)
+        plan = _plan(checkpoint, model_config, dtype, config, limit)
+        tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
         stages = _load_stages(checkpoint, model_config, plan, dtype, config)
-        limit = _length_limit(config, text_config)
         engine = cls(config, checkpoint, tokenizer, stages, max_model_len=limit)
         logger.info(
             "%s (%s) ready in %.1f s: layers %s; %s; %s; %s pipeline, %d cache slots",
@@ -131,7 +134,8 @@ class Engine:
         """Queue a request under `key`.
 
         :param generated: new tokens that an earlier run of the same request has produced; they
-            are read in, counted and kept, and generation goes on behind them
+            are read in, counted and kept, and generation goes on behind them (a request that
+            wants logprobs begins anew: those of the tokens aren't known any more)
         :param seed_key: what the seed follows from if the request names none; `key` by default
         :raises RequestError: what is wrong with this request; nothing is queued then
         """
@@ -145,6 +149,8 @@ class Engine:
             raise InvalidRequestError(
                 f"resumed with {len(generated)} tokens, max_tokens is {sampling.max_tokens}"
             )
+        if sampling.logprobs is not None:
+            generated = ()  # their logits are gone; the same text is made again, with them
         seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
         text = Text.create(
             key,
@@ -155,6 +161,7 @@ class Engine:
             seed=seed,
             added_at=time.perf_counter(),
             num_stages=len(self.stages),
+            change=LogitsChange.of(sampling, self.tokenizer),
         )
         self._num_added += 1
         if generated and (ending := self._ending(text)):
@@ -261,11 +268,14 @@ class Engine:
             if text.is_cancelled:
                 self._remove(text)
         tokens = choose_tokens(logits, batch.due) if batch.due else []
+        chosen = logprobs_of(logits, tokens, batch.due)
         now = time.perf_counter()
         ended = []
-        for text, token in zip(batch.due, tokens, strict=True):
+        for row, (text, token) in enumerate(zip(batch.due, tokens, strict=True)):
             if text.is_cancelled:
                 continue
+            if text.logprobs is not None and row in chosen:
+                text.logprobs.append(chosen[row])
             try:
                 ending = self._append(text, token, now)
             except Exception as error:  # of this text alone, such as one that can't be decoded
@@ -278,24 +288,25 @@ class Engine:
 
     def _append(self, text: Text, token: int, now: float) -> tuple[FinishReason, int | None] | None:
         if token == NO_TOKEN:
-            raise ArithmeticError("the model's logits are not numbers")
+            raise ArithmeticError("the model's logits are not numbers, or no token is allowed")
         text.append(token)
         if text.first_token_at is None:
             text.first_token_at = now
         return self._ending(text)
 
     def _ending(self, text: Text) -> tuple[FinishReason, int | None] | None:
-        """Why the text ends with its last token, and where in it a stop string begins."""
+        """Why the text ends with its last token, and where in it a stop string makes the cut."""
         sampling = text.sampling
         last = int(text.token_ids[text.num_tokens - 1])
         if last in sampling.stop_token_ids:
             return FinishReason.STOP, None
         if not sampling.ignore_eos and last in self.tokenizer.eos_token_ids:
             return FinishReason.STOP, None
-        if sampling.stop:
-            place = self.tokenizer.find_stop(text.generated(), sampling.stop)
+        if sampling.stop and text.num_generated > sampling.min_tokens:
+            place = self.tokenizer.find_stop(text.generated(), sampling.stop, sampling.min_tokens)
             if place is not None:
-                return FinishReason.STOP, place
+                begin, end = place
+                return FinishReason.STOP, end if sampling.include_stop_str_in_output else begin
         if text.num_tokens == text.capacity:
             return FinishReason.LENGTH, None
         return None
@@ -330,6 +341,7 @@ class Engine:
             prompt_tokens=text.num_prompt,
             completion_tokens=len(tokens),
             error=error,
+            logprobs=None if text.logprobs is None else described(text.logprobs, self.tokenizer),
             added_at=text.added_at,
             admitted_at=text.admitted_at,
             first_token_at=text.first_token_at,
@@ -347,6 +359,21 @@ class Engine:
                 f"{num_prompt} prompt tokens and max_tokens {max_tokens} make "
                 f"{num_prompt + max_tokens}; this engine takes {self.max_model_len} together"
             )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    model_config: Any,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    max_model_len: int,
+) -> PartitionPlan:
+    if config.partition in {"uniform", "custom"}:  # nothing to weigh
+        num_layers = model_config.get_text_config().num_hidden_layers
+        return plan_partition(num_layers, config.devices, config.partition, config.layer_bounds)
+    sizes = ModelSizes.read(checkpoint, model_config)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices)
+    return plan_model(config, costs, max_model_len)
 
 
 def _load_stages(
@@ -391,7 +418,7 @@ def _num_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len: int
     return min(useful, fitting)
 
 
-def _length_limit(config: EngineConfig, text_config: object) -> int:
+def length_limit(config: EngineConfig, text_config: object) -> int:
     """Tokens that a text may have: the model's limit, or a lower one that was asked for."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(limit := getattr(text_config, name, None), int):

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
+from engine.logits import change_logits
 from engine.random_draws import uniform
 from engine.sequence import Sequence
 
@@ -30,6 +31,7 @@ def choose_tokens(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     :param logits: [B, V], any dtype and device, one row per sequence
     :returns: B token ids; NO_TOKEN for a row with NaN or without a finite largest logit
     """
+    logits = change_logits(logits, sequences)
     best, tokens = logits.max(dim=-1)  # each [B]; NaN is the largest of all
     chosen: list[int] = torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
     drawing = [
@@ -51,6 +53,7 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     temperature = torch.tensor([p.temperature for p in params], device=device)
     # From the row's largest down, so that a tiny temperature overflows to -inf and not to NaN.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    scores = keep_min_p(scores, [p.min_p for p in params])
     scores = keep_top_k(scores, [p.top_k for p in params])
     probabilities = keep_top_p(scores.softmax(dim=-1), [p.top_p for p in params])
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)  # [B, V]
@@ -63,6 +66,14 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     # The first token whose cumulative probability exceeds the target; it has a share of its own.
     tokens: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
     return tokens
+
+
+def keep_min_p(scores: torch.Tensor, min_p: Seq[float]) -> torch.Tensor:
+    """`scores` [B, V], each row's largest 0, with -inf below min_p times as likely as that."""
+    if not any(min_p):
+        return scores
+    threshold = torch.tensor(min_p, dtype=scores.dtype, device=scores.device).log()
+    return scores.masked_fill(scores < threshold[:, None], float("-inf"))
 
 
 def keep_top_k(scores: torch.Tensor, top_k: Seq[int]) -> torch.Tensor:

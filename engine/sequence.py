@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from queue_api.schemas import FinishReason, SamplingParams
+from engine.logits import LogitsChange
+from engine.logprobs import Chosen
+from queue_api.schemas import FinishReason, SamplingParams, TokenLogprobs
 
 __all__ = ["Completion", "Sequence", "seed_from_key"]
 
@@ -40,6 +42,10 @@ class Sequence:
     is_cancelled: bool = False
     admitted_at: float | None = None
     first_token_at: float | None = None
+    change: LogitsChange | None = None
+    """What the request does to its logits; None if nothing."""
+    logprobs: list[Chosen] | None = None
+    """One per new token; None if the request doesn't ask for them."""
 
     @property
     def capacity(self) -> int:
@@ -75,6 +81,7 @@ class Sequence:
         seed: int,
         added_at: float,
         num_stages: int,
+        change: LogitsChange | None = None,
     ) -> Sequence:
         token_ids = np.zeros(len(prompt) + sampling.max_tokens, dtype=np.int64)
         num_tokens = len(prompt) + len(generated)
@@ -82,7 +89,17 @@ class Sequence:
         token_ids[len(prompt) : num_tokens] = generated
         stage_s = [0.0] * num_stages
         return cls(
-            key, number, token_ids, len(prompt), num_tokens, sampling, seed, added_at, stage_s
+            key,
+            number,
+            token_ids,
+            len(prompt),
+            num_tokens,
+            sampling,
+            seed,
+            added_at,
+            stage_s,
+            change=change,
+            logprobs=None if sampling.logprobs is None else [],
         )
 
 
@@ -92,7 +109,7 @@ class Completion:
 
     key: str
     text: str
-    """The new text, without special tokens and from no stop string on."""
+    """The new text, without special tokens, cut where a stop string begins; or ends, if asked."""
     token_ids: list[int]
     """All new tokens, the one that ended the text included, as `transformers.generate` has it."""
     finish_reason: FinishReason
@@ -103,6 +120,8 @@ class Completion:
     admitted_at: float | None = None
     first_token_at: float | None = None
     finished_at: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each of `token_ids`, if the request asked for them."""
     stage_s: list[float] = field(default_factory=list)
     """Per stage: the sum over its steps of the step's time over the sequences in it."""
 

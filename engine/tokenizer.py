@@ -82,7 +82,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except Exception as error:  # such as half of a surrogate pair
-            raise InvalidRequestError(f"the prompt can't be tokenized: {error}") from error
+            raise InvalidRequestError(f"{text!r:.40} can't be tokenized: {error}") from error
         return ids
 
     def _render(self, request: GenerationRequest) -> str:
@@ -104,8 +104,36 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def find_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> int | None:
-        """Where in the text of `token_ids` the first of the stop strings begins, if any is there.
+    def text_of(self, token_id: int) -> str:
+        """The text of one token alone, special ones included."""
+        text: str = self._tokenizer.decode([token_id])
+        return text
+
+    def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word, at the beginning of a text and, as vLLM does, behind a space.
+
+        The second only where the space becomes part of the word's first token.
+
+        :raises InvalidRequestError: for a word that can't be tokenized
+        """
+        encoded = []
+        for word in words:
+            bare = word.lstrip() or word
+            plain = self._tokens(bare, add_special_tokens=False)
+            spaced = self._tokens(" " + bare, add_special_tokens=False)
+            if not plain:
+                raise InvalidRequestError(f"{word!r:.60} in 'bad_words' has no tokens")
+            encoded.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                encoded.append(spaced)
+        return encoded
+
+    def find_stop(
+        self, token_ids: Sequence[int], stop: Sequence[str], after: int = 0
+    ) -> tuple[int, int] | None:
+        """Where in the text of `token_ids` the first of the stop strings begins and ends.
+
+        Those that end within the text of the first `after` tokens don't count.
 
         Made to be called after every token: as long as the tail of the text has no stop string,
         only the tail is decoded.
@@ -119,5 +147,7 @@ class Tokenizer:
         if not any(string in tail_text for string in stop):
             return None
         text = self.decode(token_ids)
-        places = [place for string in stop if (place := text.find(string)) >= 0]
+        taboo = len(self.decode(token_ids[:after])) if after else 0
+        begins = ((text.find(s, max(0, taboo - len(s) + 1)), len(s)) for s in stop)
+        places = [(begin, begin + length) for begin, length in begins if begin >= 0]
         return min(places, default=None)

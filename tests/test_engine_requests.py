@@ -125,9 +125,9 @@ def test_stop_string_of_many_bytes_is_found(engine: Engine) -> None:
     tokens = TOKENIZER.encode(text, add_special_tokens=False)
     assert len(tokens) == 50 + 9 * 6
     stop = text[48:]
-    assert tokenizer.find_stop(tokens, [stop]) == 48
+    assert tokenizer.find_stop(tokens, [stop]) == (48, len(text))
     assert tokenizer.find_stop(tokens[:-1], [stop]) is None
-    assert tokenizer.find_stop([*tokens[:60], EOS, EOS, *tokens[60:]], [stop]) == 48
+    assert tokenizer.find_stop([*tokens[:60], EOS, EOS, *tokens[60:]], [stop]) == (48, len(text))
 
 
 def test_text_is_the_decoded_tokens_without_specials() -> None:
