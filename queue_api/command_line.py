@@ -94,6 +94,16 @@ _SAMPLING: dict[str, Any] = {
             help="Sample among the likeliest tokens that together reach this.", show_default=False
         ),
     ],
+    "min_p": Annotated[
+        float | None,
+        typer.Option(
+            help="Sample among tokens this times as likely as the likeliest.", show_default=False
+        ),
+    ],
+    "repetition_penalty": Annotated[
+        float | None,
+        typer.Option(help="Above 1: repeat less.", show_default=False),
+    ],
     "seed": Annotated[int | None, typer.Option(help="Fixes the draws.", show_default=False)],
     "stop": Annotated[
         list[str] | None,
