@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available_bytes", "fitting_slots"]
+__all__ = ["CACHE_SHARE", "available_bytes", "fitting_slots"]
 
 # Of what is free once the weights are loaded. A CPU's memory belongs to other programs too.
-_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
 
 
 def available_bytes(device: torch.device) -> int:
@@ -46,7 +46,7 @@ def fitting_slots(stages: Iterable[tuple[torch.device, int]]) -> int | None:
         slot_bytes[device] += size
     return min(
         (
-            int(available_bytes(device) * _CACHE_SHARE.get(device.type, 0.25)) // size
+            int(available_bytes(device) * CACHE_SHARE.get(device.type, 0.25)) // size
             for device, size in slot_bytes.items()
             if size
         ),
