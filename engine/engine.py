@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 try:
     import torch
@@ -19,6 +20,7 @@ except ImportError as error:
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
+from engine.costs import CostModel, plan_model
 from engine.kv_cache import SlotAllocator
 from engine.logits import LogitsChange
 from engine.logprobs import described, logprobs_of
@@ -29,6 +31,7 @@ from engine.sampler import NO_TOKEN, choose_tokens
 from engine.scheduler import Scheduler
 from engine.sequence import Completion, seed_from_key
 from engine.sequence import Sequence as Text
+from engine.sizes import ModelSizes
 from engine.slicing import load_config, resolve_dtype
 from engine.stage import Stage
 from engine.tokenizer import Tokenizer
@@ -42,7 +45,7 @@ from queue_api.errors import (
 )
 from queue_api.schemas import FinishReason, GenerationRequest
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "length_limit"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +102,11 @@ class Engine:
         model_config = load_config(checkpoint, trust_remote_code=trust)
         text_config = model_config.get_text_config()
         _check_devices(config.devices)
-        plan = plan_partition(
-            text_config.num_hidden_layers, config.devices, config.partition, config.layer_bounds
-        )
-        tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
         dtype = resolve_dtype(config.dtype, model_config, config.devices)
+        limit = length_limit(config, text_config)
+        plan = _plan(checkpoint, model_config, dtype, config, limit)
+        tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
         stages = _load_stages(checkpoint, model_config, plan, dtype, config)
-        limit = _length_limit(config, text_config)
         engine = cls(config, checkpoint, tokenizer, stages, max_model_len=limit)
         logger.info(
             "%s (%s) ready in %.1f s: layers %s; %s; %s; %s pipeline, %d cache slots",
@@ -360,6 +361,21 @@ class Engine:
             )
 
 
+def _plan(
+    checkpoint: Checkpoint,
+    model_config: Any,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    max_model_len: int,
+) -> PartitionPlan:
+    if config.partition in {"uniform", "custom"}:  # nothing to weigh
+        num_layers = model_config.get_text_config().num_hidden_layers
+        return plan_partition(num_layers, config.devices, config.partition, config.layer_bounds)
+    sizes = ModelSizes.read(checkpoint, model_config)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices)
+    return plan_model(config, costs, max_model_len)
+
+
 def _load_stages(
     checkpoint: Checkpoint,
     model_config: object,
@@ -402,7 +418,7 @@ def _num_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len: int
     return min(useful, fitting)
 
 
-def _length_limit(config: EngineConfig, text_config: object) -> int:
+def length_limit(config: EngineConfig, text_config: object) -> int:
     """Tokens that a text may have: the model's limit, or a lower one that was asked for."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(limit := getattr(text_config, name, None), int):

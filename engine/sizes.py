@@ -88,7 +88,7 @@ class ModelSizes:
             else:
                 common += math.prod(shape)
         if last.num_active_params == 0:  # no head: it is the embedding
-            last += Part(*[first.num_params] * 2, float(first.num_params))
+            last += Part(first.num_params, first.num_params, float(first.num_params))
             shared = first.num_params
         return cls(tuple(layers), first, last, common, shared, **_attention_sizes(config))
 

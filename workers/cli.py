@@ -51,6 +51,20 @@ Stages = Annotated[
         show_default=False,
     ),
 ]
+Partition = Annotated[
+    str | None,
+    typer.Option(
+        help="How layers are shared out: uniform, memory, compute, mixed or custom (uniform).",
+        show_default=False,
+    ),
+]
+LayerBounds = Annotated[
+    str | None,
+    typer.Option(
+        help="custom: the first layer of every stage but the first, such as 3,6.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default=False)
 ]
@@ -79,6 +93,8 @@ def worker(
     model: Model = None,
     revision: Revision = None,
     stages: Stages = None,
+    partition: Partition = None,
+    layer_bounds: LayerBounds = None,
     queues: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +126,8 @@ def worker(
         model=model,
         revision=revision,
         stages=stages,
+        partition=partition,
+        layer_bounds=layer_bounds,
         dtype=dtype,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
@@ -141,6 +159,8 @@ def run(
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
     ] = 1,
     stages: Stages = None,
+    partition: Partition = None,
+    layer_bounds: LayerBounds = None,
     dtype: Dtype = None,
     max_num_seqs: MaxNumSeqs = None,
     max_batch_tokens: MaxBatchTokens = None,
@@ -165,6 +185,8 @@ def run(
         "model": model,
         "revision": revision,
         "stages": stages,
+        "partition": partition,
+        "layer_bounds": layer_bounds,
         "dtype": dtype,
         "max_num_seqs": max_num_seqs,
         "max_batch_tokens": max_batch_tokens,

@@ -44,6 +44,8 @@ def load_engine(settings: WorkerSettings) -> Engine:
         revision=settings.revision,
         dtype=settings.dtype,
         devices=tuple(settings.stages),
+        partition=settings.partition,
+        layer_bounds=None if settings.layer_bounds is None else tuple(settings.layer_bounds),
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         max_model_len=settings.max_model_len,

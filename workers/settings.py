@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
+from engine.config import PartitionStrategy
 from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
@@ -35,6 +36,10 @@ class WorkerSettings(EnvironmentSettings):
     """Branch, tag or commit of a Hub id."""
     stages: Annotated[list[str], NoDecode] = Field(default=["cpu"], min_length=1)
     """One device per stage, in order, such as cuda:0,cuda:1."""
+    partition: PartitionStrategy = "uniform"
+    """How layers are shared out among the stages; `custom` needs `layer_bounds`."""
+    layer_bounds: Annotated[list[int] | None, NoDecode] = None
+    """The first layer of every stage but the first, such as 3,6 for three stages."""
     dtype: str = "auto"
     max_num_seqs: int = Field(default=64, ge=1)
     """Requests that generate at the same time."""
@@ -59,7 +64,7 @@ class WorkerSettings(EnvironmentSettings):
     checkpoint_tokens: int = Field(default=256, ge=1)
     """A worker's death costs a long generation at most so many tokens."""
 
-    split_queues = field_validator("queues", "stages", mode="before")(_split)
+    split_queues = field_validator("queues", "stages", "layer_bounds", mode="before")(_split)
 
     @property
     def requests_held(self) -> int:
