@@ -1,0 +1,1 @@
+"""What the queue costs: batchmill's, its peers', and bare Redis Streams, on the same requests."""
