@@ -31,6 +31,7 @@ from queue_api.errors import (
     RunNotFoundError,
 )
 from queue_api.schemas import SamplingParams, describe
+from queue_api.settings import EnvironmentSettings
 
 __all__ = [
     "ChunkSize",
@@ -205,12 +206,12 @@ def run_app(app: typer.Typer) -> NoReturn:
 
     Errors of ours are one line on stderr; a traceback is a bug.
     """
-    logging.basicConfig(
-        level=os.environ.get("BATCHMILL_LOG_LEVEL", "warning").upper(),
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
     try:
+        logging.basicConfig(
+            level=EnvironmentSettings.load().log_level.upper(),
+            format="%(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
         app(prog_name="batchmill")
     except BatchmillError as error:
         typer.echo(f"batchmill: {error}", err=True)
