@@ -70,7 +70,13 @@ class RowWriter:
             self._note(row, request_id)
 
     def close(self) -> None:
-        self._file.close()
+        """:raises DatasetError: as append; of what it couldn't write, a part is still at hand"""
+        try:
+            self._file.close()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise DatasetError(f"can't write {self._path}: {error.strerror or error}") from None
 
     def _open(self) -> BinaryIO:
         if self._path == "-":

@@ -284,6 +284,14 @@ def test_files_that_do_not_belong_together_are_told_apart(
     check_output(output)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_in_words(
+    settings: QueueSettings, answerer: Answerer, source: Path
+) -> None:
+    with pytest.raises(DatasetError, match="can't write /dev/full: No space left on device"):
+        run(settings, source, "/dev/full", answerer=answerer)
+
+
 def test_more_rows_may_be_appended_to_an_input(
     settings: QueueSettings, answerer: Answerer, source: Path
 ) -> None:
