@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -99,16 +99,18 @@ class Client:
         :raises InvalidRequestError: unknown field, wrong type, out of range
         :raises DuplicateRequestError: another prompt has this id
         :raises TimeoutError: see above
+        :raises RuntimeError: the client is closed
         """
-        fields: dict[str, Any] = {"id": id or uuid4().hex, **sampling}
+        # What has a wrong type is left as it is: it is told by its field's name.
+        fields: dict[str, Any] = {"id": uuid4().hex if id is None else id, **sampling}
         if prompt is not None:
-            fields["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+            ids = isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes)
+            fields["prompt"] = list(prompt) if ids else prompt
         if messages is not None:
-            fields["messages"] = [
-                m.model_dump() if isinstance(m, ChatMessage) else dict(m) for m in messages
-            ]
+            listed = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping)
+            fields["messages"] = [_plain(m) for m in messages] if listed else messages
         if metadata:
-            fields["metadata"] = dict(metadata)
+            fields["metadata"] = _plain(metadata)
         if return_token_ids:
             fields["return_token_ids"] = True
         request = as_request(fields, 0)
@@ -178,6 +180,12 @@ class Client:
     async def cancel(self, run_id: str, request_id: str | None = None) -> int:
         """Cancel a run, or one request of it; see Run.cancel."""
         return await self.run(run_id).cancel(request_id)
+
+
+def _plain(given: object) -> object:
+    if isinstance(given, ChatMessage):
+        return given.model_dump()
+    return dict(given) if isinstance(given, Mapping) else given
 
 
 def _run_of(request_id: str) -> str:

@@ -53,7 +53,12 @@ class Interactive:
         self._background: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Enqueue the request and wait for its result."""
+        """Enqueue the request and wait for its result.
+
+        :raises RuntimeError: closed; nobody would send it, nor hear of its result
+        """
+        if self._closed:
+            raise RuntimeError("the client is closed")
         loop = asyncio.get_running_loop()
         index, self._next = self._next, self._next + 1
         pending = self._pending[index] = _Pending(request, loop.create_future())

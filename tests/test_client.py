@@ -301,6 +301,17 @@ def test_a_wrong_parameter_is_told_before_anything_is_sent(
             for wrong in wrongs:
                 with pytest.raises(InvalidRequestError):
                     await client.generate("x", **wrong)  # type: ignore[arg-type]
+            mistyped: list[tuple[str, dict[str, Any]]] = [
+                ("prompt", {"prompt": 5}),
+                ("messages", {"messages": "hello"}),
+                ("messages", {"messages": {"role": "user", "content": "x"}}),
+                ("messages", {"messages": ["hello"]}),
+                ("metadata", {"prompt": "x", "metadata": "hello"}),
+                ("id", {"prompt": "x", "id": ""}),
+            ]
+            for field, given in mistyped:
+                with pytest.raises(InvalidRequestError, match=field):
+                    await client.generate(**given)
             with pytest.raises(InvalidRequestError, match="run id"):
                 await client.submit(["x"], "no spaces")
             with pytest.raises(InvalidRequestError, match="into a list"):
@@ -308,6 +319,16 @@ def test_a_wrong_parameter_is_told_before_anything_is_sent(
 
     asyncio.run(main())
     assert connection.keys("*") == []
+
+
+def test_a_closed_client_says_so(settings: QueueSettings) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            pass
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.generate("x", timeout=5)
+
+    asyncio.run(main())
 
 
 def test_unknown_runs_are_told_so_and_not_made(
