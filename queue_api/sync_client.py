@@ -125,7 +125,13 @@ class SyncClient:
         return self.call(self._client.cancel(run_id, request_id))
 
     def call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine in the client's thread; Ctrl-C here cancels it there."""
+        """Run a coroutine in the client's thread; Ctrl-C here cancels it there.
+
+        :raises RuntimeError: the client is closed
+        """
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

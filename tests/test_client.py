@@ -329,6 +329,10 @@ def test_a_closed_client_says_so(settings: QueueSettings) -> None:
             await client.generate("x", timeout=5)
 
     asyncio.run(main())
+    with SyncClient(settings=settings) as sync_client:
+        pass
+    with pytest.raises(RuntimeError, match="client is closed"):
+        sync_client.generate("x")
 
 
 def test_unknown_runs_are_told_so_and_not_made(
