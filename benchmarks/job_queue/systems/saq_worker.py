@@ -37,7 +37,7 @@ class System:
                 self._queue, [(NAME, first_word_in_context_by_name)], concurrency=AT_ONCE
             )
             task = asyncio.create_task(worker.start())
-            while await self._queue.count("incomplete"):
+            while await self._queue.count("incomplete"):  # noqa: ASYNC110 - it has no such event
                 await asyncio.sleep(LOOK_EVERY_S)
             await worker.stop()
             task.cancel()
