@@ -23,6 +23,13 @@ NUM_LAYERS = 6
 GAIN = 1.7
 """Standard deviation of a matrix times the root of its inputs; makes peaked logits, so that few
 tokens are near ties."""
+# With norms behind the layers and a tied head, random models of that gain forget their input.
+POST_NORM = {
+    "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert",
+    "data2vec-text", "electra", "ernie", "git", "marian", "megatron-bert", "openai-gpt", "plbart",
+    "rembert", "roberta", "roc_bert", "roformer", "trocr", "xlm", "xlm-roberta", "xmod",
+    "prophetnet", "mvp", "ctrl",
+}  # fmt: skip
 
 # Each is set where an architecture's default config has a value under that name.
 SIZES: dict[str, Any] = {
@@ -196,10 +203,12 @@ QUIRKS: dict[str, dict[str, Any]] = {
         ],
         _DECODER,
     ),
+    "moshi": {"sliding_window": 128},  # as in the real one: all that a text can have
     "mamba2": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 64},
     "llama4": {"text_config": {"num_experts_per_tok": 1}},
     "llama4_text": {"num_experts_per_tok": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 3},
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"layers_block_type": _LAYOUT, "attention_hidden_size": 64},
     "zamba2": {"layers_block_type": _LAYOUT, "attention_hidden_size": 64, "num_query_groups": 4},
@@ -221,7 +230,14 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": _DOTS3,
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
-    "nemotron": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "prophetnet": {**_DECODER, "num_hidden_layers": None},
+    "xlnet": {"max_position_embeddings": None},
+    "xmod": {**_DECODER, "languages": ["en_XX"], "default_language": "en_XX"},
+    "xlm": {"causal": True},
+    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
+    "qwen4_exp": {"text_config": {"indexer_budget": 8, "indexer_compress_ratio": 2}},
+    "reformer": {**_DECODER, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3},
     "ministral": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2, "num_experts": 4},
@@ -253,7 +269,10 @@ def _shrunk(cls: Any, extra: dict[str, Any]) -> Any:
         held = getattr(default, name, None)
         own = held.__class__ if isinstance(held, PreTrainedConfig) else part
         if isinstance(own, type) and own is not PreTrainedConfig and "Auto" not in own.__name__:
-            values[name] = _shrunk(own, extra.get(name, {})).to_dict()
+            # Towers of another depth than the text model, as they are.
+            tower = {} if name == "text_config" else {"num_hidden_layers": 2}
+            tower = tower if _is_set(own(), "num_hidden_layers") else {}
+            values[name] = _shrunk(own, {**tower, **extra.get(name, {})}).to_dict()
     values |= {name: value for name, value in extra.items() if name not in parts}
     values = {name: value for name, value in values.items() if value is not None}
     return cls(**values)
@@ -280,7 +299,10 @@ def save_small_model(model_type: str, folder: Path) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters > 20_000_000:
         raise ValueError(f"{num_parameters / 1e6:.0f} million parameters in the smallest config")
-    _randomize(model)
+    if model_type in POST_NORM:
+        _randomize(model, gain=1.0, embedding_std=1.0, bias_std=0.05)
+    else:
+        _randomize(model)
     # Some configs force tokens at certain places (BART's); that is not the model's doing.
     tokens = {name: SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**tokens)
@@ -290,15 +312,17 @@ def save_small_model(model_type: str, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _randomize(model: Any) -> None:
+def _randomize(
+    model: Any, *, gain: float = GAIN, embedding_std: float = 0.3, bias_std: float = 0.3
+) -> None:
     """Large matrices, and norms and biases that differ between layers."""
     embedding = model.get_input_embeddings()
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if embedding is not None and parameter is embedding.weight:
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=embedding_std)
         elif parameter.ndim >= 2:
-            parameter.normal_(std=GAIN * parameter.shape[-1] ** -0.5)
+            parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)
         else:
-            parameter.add_(torch.randn_like(parameter) * (0.1 if "norm" in name else 0.3))
+            parameter.add_(torch.randn_like(parameter) * (0.1 if "norm" in name else bias_std))

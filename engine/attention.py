@@ -39,6 +39,9 @@ class MaskRule:
     """The query's own token and the `window - 1` before it; 0 is no limit."""
     chunk: int = 0
     """Only tokens of the same chunk of so many positions; 0 is no limit."""
+    unknown: str = ""
+    """What makes the mask one that can't be described; refused by the layer that would use it, as
+    models also make masks that none of their layers uses."""
 
     ndim = 4  # Some models look whether the mask they were given is a prepared one.
 
@@ -70,6 +73,8 @@ class AttentionCall:
         self.first_layer = first_layer
         self.shapes: dict[int, KVShape] = {}
         """Local layer to the shape of its K and V, as seen."""
+        self.rules: dict[int, MaskRule] = {}
+        """Local layer to its mask, as seen."""
         self.num_calls = 0
 
 
@@ -112,7 +117,7 @@ def describe_mask(
 ) -> MaskRule:
     """The mask function: say what the mask is instead of drawing it.
 
-    :raises UnsupportedModelError: for a mask made of anything but causal, sliding and chunked
+    Known are masks made of causal, sliding and chunked parts.
     """
     overlays = _mask_parts(mask_function) - {"and_masks", "causal_mask_function"}
     if not use_vmap and not overlays:
@@ -122,7 +127,7 @@ def describe_mask(
             return MaskRule(window=local_size)
         if overlays == {"chunked_overlay"}:
             return MaskRule(chunk=local_size)
-    raise UnsupportedModelError(f"a mask made of {', '.join(sorted(overlays)) or 'custom parts'}")
+    return MaskRule(unknown=", ".join(sorted(overlays)) or "custom parts")
 
 
 # ----------------------------------------------------------------------------------- attention
@@ -185,6 +190,8 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
     call: AttentionCall = _current.call
     if not isinstance(attention_mask, MaskRule):
         raise UnsupportedModelError("a mask that doesn't come from transformers' mask functions")
+    if attention_mask.unknown:
+        raise UnsupportedModelError(f"a mask made of {attention_mask.unknown}")
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError("attention with a position bias")
     layer = cast(int, module.layer_idx) - call.first_layer
@@ -194,6 +201,7 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
         assert slots is not None
         keys, values = call.pool.write(layer, slots, key[0], value[0])  # each [Hkv, S, D]
     else:
+        call.rules[layer] = attention_mask
         call.shapes[layer] = KVShape(key.shape[1], key.shape[3], value.shape[3])
         keys, values = key[0], value[0]  # each [Hkv, T, D]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -44,9 +44,10 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 class Stage:
     """The layers of one `StageSpec` on its device, with their part of every sequence's cache."""
 
-    def __init__(self, model: Any, spec: StageSpec, *, use_cache: bool = True) -> None:
+    def __init__(self, model: Any, config: Any, spec: StageSpec, *, use_cache: bool = True) -> None:
         self.spec = spec
         self.model = model
+        self._whole_config = config
         self.device = torch.device(spec.device)
         self.use_cache = use_cache
         self.mode: Literal["packed", "single"] = "packed"
@@ -85,7 +86,7 @@ class Stage:
         """
         for pack in (True, False) if can_pack(torch.device(spec.device), dtype) else (False,):
             model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
-            stage = cls(model, spec, use_cache=use_cache)
+            stage = cls(model, config, spec, use_cache=use_cache)
             try:
                 stage.choose_mode(pack_weights=pack)
             except UnsupportedModelError:
@@ -146,7 +147,7 @@ class Stage:
         outputs = []
         for segment in batch.segments:
             if self.use_cache and segment.past == 0:
-                self._caches[segment.number] = StageCache(config=self.model.config)
+                self._caches[segment.number] = StageCache(self._whole_config, self.spec)
             end = segment.start + segment.count
             step = 1 if self._stepwise and segment.past else segment.count
             for start in range(segment.start, end, step):
@@ -240,6 +241,8 @@ class Stage:
             try:
                 self._set_mode(mode, stepwise=stepwise)
                 error = _relative_error(self._probe(inbound), expected)
+            except CacheMismatchError:
+                raise
             except Exception as problem:  # any model code may fail in any way
                 reasons.append(f"{mode}: {type(problem).__name__}: {problem}")
                 continue
@@ -305,8 +308,9 @@ class Stage:
         else:
             inner: Iterator[Any] = (m for layer in self._layers for m in layer.modules())
             for module in inner:
-                if isinstance(index := getattr(module, "layer_idx", None), int) and not stepwise:
-                    module.layer_idx = index - self.spec.first_layer
+                for name in ("layer_idx", "layer_id"):
+                    if isinstance(index := getattr(module, name, None), int) and not stepwise:
+                        setattr(module, name, index - self.spec.first_layer)
         self.mode = mode
         chosen = ATTENTION_NAME if mode == "packed" else self._own_attention
         for module in self.model.modules():
@@ -351,14 +355,40 @@ class Stage:
         num_layers = len(self._layers)
         if call.num_calls != num_layers or sorted(call.shapes) != list(range(num_layers)):
             raise UnsupportedModelError(f"{call.num_calls} attention calls in {num_layers} layers")
+        self._check_windows(call)
         return [call.shapes[i] for i in range(num_layers)]
+
+    def _check_windows(self, call: AttentionCall) -> None:
+        """See that transformers' cache, which `generate` uses, keeps what the masks show.
+
+        :raises UnsupportedModelError: if it would drop tokens within the length of a text
+        """
+        text = self._whole_config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        layers = StageCache(self._whole_config, self.spec).layers
+        for i, layer in enumerate(layers):
+            kept = getattr(layer, "sliding_window", None)
+            rule = call.rules[i]
+            if kept not in {None, rule.window, rule.chunk} and not (longest and kept >= longest):
+                raise CacheMismatchError(
+                    f"{type(self.model).__name__}: transformers' cache keeps {kept} tokens, "
+                    f"but the masks of layer {i} show {rule.window or rule.chunk or 'all'}"
+                )
+
+
+class CacheMismatchError(UnsupportedModelError):
+    """A model's text depends on whether it has a cache: nothing to be equal to."""
 
 
 class StageCache(DynamicCache):
-    """transformers' cache, which a stage without attention layers can ask for its length, too."""
+    """transformers' cache of a stage's layers, which can tell its length without attention, too."""
 
-    num_seen = 0
-    """Tokens before the ones that are run now; set by the stage."""
+    def __init__(self, config: Any, spec: StageSpec) -> None:
+        super().__init__(config=config)
+        # Cut, not made for the stage: configs describe their layers in all sorts of ways.
+        self.layers = self.layers[spec.first_layer : spec.end_layer]
+        self.num_seen = 0
+        """Tokens before the ones that are run now; set by the stage."""
 
     @property
     def _counts(self) -> bool:
