@@ -27,6 +27,7 @@ __all__ = [
     "DeviceSpeed",
     "Step",
     "StepSpeed",
+    "kind_of",
     "plan_model",
 ]
 
@@ -132,7 +133,9 @@ class CostModel:
     @classmethod
     def nominal(cls, sizes: ModelSizes, itemsize: int, devices: Sequence[str]) -> CostModel:
         """With each device's speed by rule of thumb."""
-        speeds = {name: NOMINAL_SPEEDS[_kind(name)].speed(sizes, itemsize) for name in set(devices)}
+        speeds = {
+            name: NOMINAL_SPEEDS[kind_of(name)].speed(sizes, itemsize) for name in set(devices)
+        }
         return cls(sizes, itemsize, speeds)
 
     @property
@@ -158,6 +161,22 @@ class CostModel:
         """Activations of a step, its logits excepted."""
         wide = 3 * self.sizes.intermediate_size + 6 * self.sizes.hidden_size
         return num_tokens * wide * self.itemsize
+
+    def peak_bytes(self, stage: StageSpec, steps: Sequence[Step]) -> int:
+        """A stage's memory at its peak: while it is loaded, or in the largest of the steps."""
+        weights = self.weight_bytes(stage)
+        layers = self.sizes.layers[stage.first_layer : stage.end_layer]
+        matrices = sum(part.num_matrix_params for part in layers)
+        matrices += stage.is_last * self.sizes.last.num_matrix_params
+        # Each matrix is there twice until all are laid out anew.
+        load = weights + self.packs(stage.device) * matrices * self.itemsize
+        cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
+        work = max(
+            self.working_bytes(step.num_tokens)
+            + stage.is_last * step.num_seqs * self.sizes.vocab_size * 4
+            for step in steps
+        )
+        return max(load, weights + cache + work)
 
     def layer_s(self, device: str, step: Step, layer: int) -> float:
         speed = self.speeds[device].at(step)
@@ -241,7 +260,7 @@ def plan_model(
     def cut(num_slots: int, *, shares: bool) -> PartitionPlan:
         by_device = {}
         for name in devices:
-            share = CACHE_SHARE[_kind(name)] if shares else 1.0
+            share = CACHE_SHARE[kind_of(name)] if shares else 1.0
             by_device[name] = costs.device_costs(
                 name,
                 cache_bytes=math.ceil(num_slots * costs.slot_bytes / share),
@@ -275,6 +294,7 @@ def _largest(cut: Callable[[int], PartitionPlan], most: int) -> PartitionPlan:
     return best
 
 
-def _kind(device: str) -> str:
+def kind_of(device: str) -> str:
+    """`cpu` or `cuda`."""
     kind = device.split(":", maxsplit=1)[0]
     return kind if kind in NOMINAL_SPEEDS else "cuda"

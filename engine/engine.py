@@ -45,7 +45,7 @@ from queue_api.errors import (
 )
 from queue_api.schemas import FinishReason, GenerationRequest
 
-__all__ = ["Engine", "length_limit"]
+__all__ = ["Engine", "check_devices", "length_limit"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Engine:
         checkpoint = Checkpoint.find(config.model, config.revision, trust_remote_code=trust)
         model_config = load_config(checkpoint, trust_remote_code=trust)
         text_config = model_config.get_text_config()
-        _check_devices(config.devices)
+        check_devices(config.devices)
         dtype = resolve_dtype(config.dtype, model_config, config.devices)
         limit = length_limit(config, text_config)
         plan = _plan(checkpoint, model_config, dtype, config, limit)
@@ -434,7 +434,11 @@ def length_limit(config: EngineConfig, text_config: object) -> int:
     return min(limit, config.max_model_len or limit)
 
 
-def _check_devices(devices: Sequence[str]) -> None:
+def check_devices(devices: Sequence[str]) -> None:
+    """See that they are there.
+
+    :raises ConfigurationError: naming the first that isn't
+    """
     for name in devices:
         try:
             device = torch.device(name)

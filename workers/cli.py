@@ -1,9 +1,11 @@
-"""The command `batchmill`: the producers' commands of queue_api.cli, and `worker` and `run`."""
+"""The command `batchmill`: the producers' commands of queue_api.cli, `worker`, `run`, `plan`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +26,7 @@ from queue_api.command_line import (
 from queue_api.datasets import DEFAULT_WINDOW
 from queue_api.schemas import SamplingParams
 from queue_api.settings import QueueSettings
-from workers.engines import require_packages
+from workers.engines import engine_config, require_packages
 from workers.offline import OfflineRun, run_offline
 from workers.report import sample_table, summary_table
 from workers.settings import DEMO_MODEL, WorkerSettings
@@ -221,6 +223,56 @@ def run(
     if show and output != "-":
         console.print(sample_table(Path(output), show))
     console.print(summary_table(summary))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.")],
+    *,
+    devices: Annotated[
+        str, typer.Option(help="A device per stage, in order, such as cpu,cpu or cuda:0,cpu.")
+    ] = "cpu",
+    strategy: Annotated[
+        str, typer.Option(help="uniform, memory, compute, mixed or custom.")
+    ] = "uniform",
+    layer_bounds: LayerBounds = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the devices, then load and run the stages.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_batch_tokens: MaxBatchTokens = None,
+    max_model_len: MaxModelLen = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = None,
+) -> None:
+    """Show which layers would run where, and what that takes; loads no weights.
+
+    With --measure the stages are loaded and run, and what they took stands beside the prediction.
+    """
+    settings = WorkerSettings.load(
+        model=model,
+        stages=devices,
+        partition=strategy,
+        layer_bounds=layer_bounds,
+        revision=revision,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_model_len=max_model_len,
+        num_threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    require_packages(settings.model)
+    from workers.plan import make_plan, plan_table
+
+    report = make_plan(engine_config(settings), measure=measure)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(report))
 
 
 def _given_redis_url(flag: str | None) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
+from engine.config import EngineConfig
 from engine.demo_model import DEMO_MODEL_PATH
 from queue_api.errors import MissingExtraError
 from workers.engine_loop import Engine
 from workers.noop_engine import ECHO_PREFIX, EchoEngine
 from workers.settings import DEMO_MODEL, WorkerSettings
 
-__all__ = ["load_engine", "require_packages"]
+__all__ = ["engine_config", "load_engine", "require_packages"]
 
 
 def require_packages(model: str) -> None:
@@ -27,19 +28,9 @@ def require_packages(model: str) -> None:
             )
 
 
-def load_engine(settings: WorkerSettings) -> Engine:
-    """Load the model of the settings.
-
-    :raises MissingExtraError: torch or transformers isn't installed
-    :raises ConfigurationError: no model named, or it can't be loaded
-    """
-    if settings.model.startswith(ECHO_PREFIX):
-        return EchoEngine.from_name(settings.model)
-    require_packages(settings.model)
-    from engine.config import EngineConfig
-    from engine.engine import Engine as TorchEngine
-
-    config = EngineConfig(
+def engine_config(settings: WorkerSettings) -> EngineConfig:
+    """What the settings say about the engine."""
+    return EngineConfig(
         model=str(DEMO_MODEL_PATH) if settings.model == DEMO_MODEL else settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
@@ -52,5 +43,18 @@ def load_engine(settings: WorkerSettings) -> Engine:
         num_threads=settings.num_threads,
         trust_remote_code=settings.trust_remote_code,
     )
-    engine: Engine = TorchEngine.load(config)
+
+
+def load_engine(settings: WorkerSettings) -> Engine:
+    """Load the model of the settings.
+
+    :raises MissingExtraError: torch or transformers isn't installed
+    :raises ConfigurationError: no model named, or it can't be loaded
+    """
+    if settings.model.startswith(ECHO_PREFIX):
+        return EchoEngine.from_name(settings.model)
+    require_packages(settings.model)
+    from engine.engine import Engine as TorchEngine
+
+    engine: Engine = TorchEngine.load(engine_config(settings))
     return engine

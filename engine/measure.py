@@ -1,0 +1,273 @@
+"""How fast this machine is at a model's steps, and what a plan's stages really take.
+
+The quickest of several runs counts: what other programs take of the machine isn't the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from engine.attention import AttentionCall, MaskRule, attend_packed, attending
+from engine.batch import ForwardBatch, Segment
+from engine.checkpoint import Checkpoint
+from engine.costs import DECODE, PREFILL, DeviceSpeed, Step, StepSpeed
+from engine.kv_cache import KVPool, KVShape
+from engine.packed_linear import can_pack, pack_linears
+from engine.partition import PartitionPlan, StageSpec
+from engine.sizes import ModelSizes
+from engine.stage import Stage
+
+__all__ = ["MeasuredStage", "device_speed", "measure_stages"]
+
+_RUN_S = 0.3
+_LEAST_RUNS = 3
+_BEYOND_CACHES_BYTES = 64 << 20
+"""So many bytes of matrices in turn, as a model's are: one alone would stay in the CPU's caches."""
+_SAMPLE_S = 0.001
+
+
+@dataclass(frozen=True)
+class MeasuredStage:
+    """One stage of a plan, alone on its device."""
+
+    decode_s: float
+    prefill_s: float
+    peak_bytes: int | None
+    """While it was loaded and ran both steps; None where it can't be told."""
+
+
+# ------------------------------------------------------------------------------ the machine
+
+
+@torch.inference_mode()
+def device_speed(device_name: str, dtype: torch.dtype, sizes: ModelSizes) -> DeviceSpeed:
+    """Time a device at products, elementwise operations and attention of the model's shapes."""
+    device = torch.device(device_name)
+    matrices = _matrices(device, dtype, sizes)
+
+    def products_s(num_rows: int) -> float:
+        rows = torch.randn(num_rows, sizes.hidden_size, device=device, dtype=dtype)
+        return _quickest(device, lambda: [matrix(rows) for matrix in matrices])
+
+    def at(step: Step) -> StepSpeed:
+        flops = 2 * step.num_tokens * len(matrices) * sizes.hidden_size * sizes.intermediate_size
+        x = torch.randn(1, step.num_tokens, sizes.hidden_size, device=device, dtype=dtype)
+        return StepSpeed(
+            flops / products_s(step.num_tokens),
+            _quickest(device, lambda: [x * x for _ in range(20)]) / 20,
+            _attention_s(device, dtype, sizes, step),
+        )
+
+    read = len(matrices) * sizes.hidden_size * sizes.intermediate_size * dtype.itemsize
+    return DeviceSpeed(read / products_s(1), at(DECODE), at(PREFILL))
+
+
+def _matrices(device: torch.device, dtype: torch.dtype, sizes: ModelSizes) -> Sequence[nn.Module]:
+    """Linear layers of the model's width, as a stage has them."""
+    shape = sizes.hidden_size, sizes.intermediate_size
+    one = shape[0] * shape[1] * dtype.itemsize
+    count = min(len(sizes.layers) * 4, max(2, _BEYOND_CACHES_BYTES // one))
+    kwargs: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+    matrices = nn.Sequential(*(nn.Linear(*shape, **kwargs) for _ in range(count)))
+    if can_pack(device, dtype):
+        pack_linears(matrices)
+    return list(matrices)
+
+
+def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, step: Step) -> float:
+    batch = _batch(step, sizes.vocab_size)
+    shape = KVShape(sizes.num_kv_heads, sizes.key_size, sizes.value_size)
+    layer_bytes = step.num_slots * shape.slot_bytes(dtype)
+    count = min(len(sizes.layers), 1 + math.ceil(_BEYOND_CACHES_BYTES / layer_bytes))
+    pool = KVPool([shape] * count, step.num_slots, device=device, dtype=dtype)
+    _fill(pool)
+
+    def some(num_heads: int, size: int) -> torch.Tensor:  # [1, H, T, D]
+        return torch.randn(1, num_heads, step.num_tokens, size, device=device, dtype=dtype)
+
+    query = some(sizes.num_heads, sizes.key_size)
+    key = some(sizes.num_kv_heads, sizes.key_size)
+    value = some(sizes.num_kv_heads, sizes.value_size)
+    modules = [cast(nn.Module, SimpleNamespace(layer_idx=i)) for i in range(count)]
+
+    def attend() -> None:
+        with attending(AttentionCall(batch, pool, 0)):
+            for module in modules:
+                attend_packed(module, query, key, value, MaskRule())
+
+    return _quickest(device, attend) / count
+
+
+# --------------------------------------------------------------------------------- the stages
+
+
+@torch.inference_mode()
+def measure_stages(
+    checkpoint: Checkpoint,
+    model_config: Any,
+    plan: PartitionPlan,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> list[MeasuredStage]:
+    """Load a plan's stages and run a decode step and a prefill step through each, one by one.
+
+    :raises UnsupportedModelError: if the model can't run here
+    """
+    with torch.device("meta"):  # What is imported with the model's class isn't a stage's memory.
+        AutoModelForCausalLM.from_config(
+            copy.deepcopy(model_config), trust_remote_code=trust_remote_code
+        )
+    vocab_size = model_config.get_text_config().vocab_size
+    batches = [_batch(step, vocab_size) for step in (DECODE, PREFILL)]
+    passed = [batch.token_ids[None] for batch in batches]
+    stages, measured = [], []
+    for spec in plan.stages:
+        with _peak_memory(torch.device(spec.device)) as peak:
+            stage = Stage.load(
+                checkpoint, model_config, spec, dtype, trust_remote_code=trust_remote_code
+            )
+            seconds, passed = _run(stage, spec, batches, passed, vocab_size)
+        measured.append(MeasuredStage(seconds[0], seconds[1], peak()))
+        stages.append(stage)  # The other stages are to be where they will be, too.
+    return measured
+
+
+def _run(
+    stage: Stage,
+    spec: StageSpec,
+    batches: Sequence[ForwardBatch],
+    passed: Sequence[torch.Tensor],
+    vocab_size: int,
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Seconds of each batch in a stage, and what it hands on."""
+    stage.allocate(DECODE.num_slots)
+    if stage.pool is not None:
+        _fill(stage.pool)
+    else:
+        _read_past(stage, spec, vocab_size)
+    seconds, outputs = [], []
+    for batch, inbound in zip(batches, passed, strict=True):
+
+        def run(batch: ForwardBatch = batch, inbound: torch.Tensor = inbound) -> torch.Tensor:
+            return stage.run(batch, inbound)
+
+        outputs.append(run())
+        seconds.append(_quickest(stage.device, run))
+    stage.pool = None
+    for number in range(DECODE.num_seqs):
+        stage.release(number)
+    return seconds, outputs
+
+
+def _read_past(stage: Stage, spec: StageSpec, vocab_size: int) -> None:
+    """Give a stage without a pool the sequences that the decode step goes on with."""
+    batch = _batch(Step("past", DECODE.num_seqs, DECODE.past, 0), vocab_size)
+    inbound = batch.token_ids[None]
+    if not spec.is_first:
+        size = stage.model.config.get_text_config().hidden_size
+        inbound = torch.randn(1, batch.num_tokens, size, dtype=stage.dtype)
+    stage.run(batch, inbound)
+
+
+def _fill(pool: KVPool) -> None:
+    """Random numbers, so that the pages are there and nothing is a NaN."""
+    for tensor in (*pool.keys, *pool.values):
+        tensor.normal_()
+
+
+def _batch(step: Step, vocab_size: int) -> ForwardBatch:
+    """A micro-batch of random tokens, as the scheduler would pack it."""
+    new, length = step.new_tokens, step.past + step.new_tokens
+    numbers = torch.arange(step.num_seqs)
+    positions = torch.arange(step.past, length).repeat(step.num_seqs)  # [T]
+    generator = torch.Generator().manual_seed(0)
+    return ForwardBatch(
+        segments=[Segment(i * new, new, step.past, i * length, i) for i in range(step.num_seqs)],
+        token_ids=torch.randint(vocab_size, (step.num_tokens,), generator=generator),
+        positions=positions,
+        slots=positions + numbers.repeat_interleave(new) * length,
+        logit_rows=(numbers + 1) * new - 1,
+        sequences=[],
+        due=[],
+    )
+
+
+# ------------------------------------------------------------------------------ time, memory
+
+
+def _quickest(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of the quickest of some runs, after one that isn't counted."""
+    _time(device, work)
+    times = [_time(device, work) for _ in range(_LEAST_RUNS)]
+    while sum(times) < _RUN_S:
+        times.append(_time(device, work))
+    return min(times)
+
+
+def _time(device: torch.device, work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Bytes by which memory in use grew at most, once the block has ended.
+
+    On a CPU the process's anonymous memory, looked at every millisecond; mapped files aren't in it.
+    """
+    _trim()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    seen = [start := _anonymous_bytes()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(_SAMPLE_S):
+            seen[0] = max(seen[0], _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: seen[0] - start if start else None
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _trim() -> None:
+    """Give free memory back to the system, or what is loaded next would seem to need none."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file is behind; 0 where the system doesn't tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    field = status.partition("RssAnon:")[2].split()
+    return int(field[0]) * 1024 if field else 0
