@@ -342,8 +342,24 @@ def render(results: dict[str, Result]) -> str:
             lines.append(", ".join(f"`{result.name}`" for result in chosen))
         else:
             lines += ["| architecture | why |", "|---|---|"]
-            lines += [f"| `{r.name}` | {r.reason.replace('|', chr(92) + '|')} |" for r in chosen]
+            lines += [f"| `{result.name}` | {_explain(result)} |" for result in chosen]
     return "\n".join(lines) + "\n"
+
+
+def _explain(result: Result) -> str:
+    """A cell that says why, and what works all the same."""
+    texts: dict[str, list[str]] = {}
+    for part in result.reason.split("; "):
+        number, found, text = part.partition(" stages: ")
+        if not found or not number.isdigit():  # the same for all, or a part of the one before
+            texts.setdefault(part, [])
+            continue
+        texts.setdefault(text, []).append(number)
+    parts = [f"{' and '.join(n)} stages: {text}" if n else text for text, n in texts.items()]
+    if result.status == "refused" and "1" in result.modes:
+        parts.insert(0, f"one stage is exact ({result.modes['1']})")
+    whole = "; ".join(parts).replace("|", "\\|")
+    return whole if len(whole) <= 300 else whole[:300] + " …"
 
 
 def main() -> None:
