@@ -20,6 +20,7 @@ __all__ = ["LayerInputs", "hidden_place"]
 _FROM_POSITIONS = {
     "alibi",
     "attention_mask",
+    "attention_scaling",
     "cache_position",
     "causal_mask",
     "freqs_cis",
@@ -27,6 +28,7 @@ _FROM_POSITIONS = {
     "position_bias",
     "position_embeddings",
     "position_ids",
+    "sinusoidal_pos",
 }
 
 
