@@ -11,7 +11,8 @@ from worker_kit import QUEUE, completed, num_done, status, submit, until
 
 from queue_api.enqueue import JobTemplate
 from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason
+from queue_api.schemas import FinishReason, GenerationRequest
+from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
 
 SLOW = "echo:tokens=200,step_s=0.01"
@@ -210,3 +211,25 @@ def test_an_outage_longer_than_the_lease_costs_nobody_a_death(connection, server
     server.start()
     found = completed(connection, "run", 32)
     assert {(result.ok, result.attempt) for result in found} == {(True, 1)}
+
+
+def test_a_result_that_redis_lost_is_made_again(connection, start_worker):
+    """Acknowledged while its job still ran, then lost in a crash of Redis; the job wasn't."""
+    start_worker("echo:tokens=100,step_s=0.01", max_num_seqs=1, capacity=1)
+    template = JobTemplate(connection, QUEUE, QueueSettings())
+    keys = RunKeys.of("run")
+    connection.hset(keys.hash, mapping={"queue": QUEUE, "total": 2, "chunk_size": 2})
+    requests = [
+        (i, GenerationRequest(id=f"id-{i}", prompt=f"w{i}", sampling={"max_tokens": n}))
+        for i, n in enumerate([1, 100])
+    ]
+    call = template.call("run-0", "run", requests)
+    assert connection.register_script(load_script("enqueue"))(call.keys, call.args) == 1
+    until(lambda: num_done(connection, "run") == 1)
+    with connection.pipeline() as crash:
+        crash.delete(keys.results, keys.done)
+        crash.hset(keys.hash, "done", 0)
+        crash.execute()
+    assert [result.text.split()[0] for result in completed(connection, "run", 2)] == ["w0", "w1"]
+    until(lambda: status(connection, "run-0") == "finished")
+    assert connection.hget(keys.hash, "done") == b"2"

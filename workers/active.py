@@ -64,6 +64,8 @@ class ActiveJob:
     run: str | None = None
     left: dict[int, ActiveRequest] = field(default_factory=dict)
     """By index, what has no result yet."""
+    answered: set[int] = field(default_factory=set)
+    """By index, what has a result."""
     size: int = 0
     results: list[GenerationResult] = field(default_factory=list)
     """Of a job without a run: they become its return value."""

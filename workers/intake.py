@@ -126,7 +126,8 @@ class Intake:
             if job.is_ending:
                 continue  # lost, stopped or cancelled meanwhile
             for index in found.done.get(job.run or "", ()):
-                job.left.pop(index, None)
+                if job.left.pop(index, None) is not None:
+                    job.answered.add(index)
             if job.run in found.cancelled:
                 self._runner.cancel(job)
             elif job.run is not None and job.lease.deaths > 0 and len(job.left) > 1:

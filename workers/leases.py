@@ -15,6 +15,7 @@ from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import as_text, now, parse_composite_key, utcformat, utcparse
 
 from queue_api.jobs import BATCH_SIZE_FIELD
+from queue_api.runs import RunKeys
 from workers.scripts import ScriptCall, Scripts
 
 __all__ = ["Beat", "Claim", "Lease", "Leases"]
@@ -195,8 +196,18 @@ class Leases:
         if calls:
             await self._scripts.call_many(calls)
 
-    def finishing(self, lease: Lease, return_value: bytes) -> ScriptCall:
-        """The call that ends a job with success; `return_value` is base64 of JSON."""
+    def finishing(
+        self,
+        lease: Lease,
+        return_value: bytes,
+        run: str | None = None,
+        answered: Iterable[int] = (),
+    ) -> ScriptCall:
+        """The call that ends a job with success.
+
+        :param return_value: base64 of JSON
+        :param answered: which of the run's requests have to have results, or it isn't ended
+        """
         job_key = Job.key_for(lease.job_id)
         keys = [
             *_job_keys(lease),
@@ -206,8 +217,13 @@ class Leases:
             f"{RQ_KEY_PREFIX}:finished:{lease.queue}",
             f"{job_key}:dependents",
         ]
-        args = [lease.job_id, lease.execution_id, utcformat(now()), self._worker_name]
-        return "finish", keys, [*args, return_value, lease.claimed_at, self._result_ttl_s]
+        args: list[Any] = [lease.job_id, lease.execution_id, utcformat(now()), self._worker_name]
+        args += [return_value, lease.claimed_at, self._result_ttl_s]
+        if run is not None:
+            run_keys = RunKeys.of(run)
+            keys += [run_keys.hash, run_keys.done]
+            args += answered
+        return "finish", keys, args
 
     async def abandon(self, leases: Iterable[Lease]) -> None:
         """Let leases run out now; see abandon.lua."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -31,7 +31,7 @@ MOST_RESULTS_PER_FLUSH = 2000
 MOST_RESULTS_PER_CALL = 500
 RETRY_S = 0.5
 
-LOST, LEFT_TO_RQ = 0, 2
+LOST, LEFT_TO_RQ, RESULTS_LOST = 0, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,9 @@ class _Ending:
     lease: Lease
     return_value: bytes | None
     """None to give the job back."""
+    run: str | None = None
+    answered: Sequence[int] = ()
+    """Indexes of the run whose results were written before this."""
 
 
 class Publisher:
@@ -89,9 +92,17 @@ class Publisher:
         self._results.append(unwritten)
         self._touch()
 
-    def finish(self, lease: Lease, return_value: bytes) -> None:
-        """End a job with success, after the results given so far. `return_value` is JSON."""
-        self._endings.append(_Ending(lease, return_value))
+    def finish(
+        self, lease: Lease, return_value: bytes, run: str | None, answered: Sequence[int]
+    ) -> None:
+        """End a job with success, after the results given so far.
+
+        If Redis has lost some of them since, the job is given back instead.
+
+        :param return_value: JSON
+        :param answered: indexes of the run that have results
+        """
+        self._endings.append(_Ending(lease, return_value, run, answered))
         self._touch()
 
     def release(self, lease: Lease) -> None:
@@ -184,7 +195,9 @@ class Publisher:
         calls = [
             self._leases.releasing(ending.lease)
             if ending.return_value is None
-            else self._leases.finishing(ending.lease, b64encode(ending.return_value))
+            else self._leases.finishing(
+                ending.lease, b64encode(ending.return_value), ending.run, ending.answered
+            )
             for ending in endings
         ]
         replies = await self._scripts.call_many(calls)
@@ -201,6 +214,10 @@ class Publisher:
             reply = LEFT_TO_RQ
         if reply == LEFT_TO_RQ and ending.return_value is not None:
             self._on_left_to_rq(ending.lease, ending.return_value)
+            return
+        if reply == RESULTS_LOST:
+            logger.warning("job %s: Redis lost results of it; given back", ending.lease.job_id)
+            self.release(ending.lease)
             return
         if reply == LOST:
             logger.warning("job %s ended here, but its lease was lost", ending.lease.job_id)

@@ -211,6 +211,7 @@ class Runner:
     ) -> None:
         job = active.job
         job.left.pop(active.index, None)
+        job.answered.add(active.index)
         self._forget_partial([active.place])
         about = {
             "id": active.id,
@@ -238,7 +239,7 @@ class Runner:
     def finish(self, job: ActiveJob) -> None:
         """End a job with success."""
         job.is_ending = True
-        self._publisher.finish(job.lease, job.return_value())
+        self._publisher.finish(job.lease, job.return_value(), job.run, sorted(job.answered))
 
     def ended(self, lease: Lease) -> None:
         """Let go of a job whose end is in Redis."""
