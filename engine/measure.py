@@ -34,7 +34,7 @@ from engine.stage import Stage
 
 __all__ = ["MeasuredStage", "device_speed", "measure_stages"]
 
-_RUN_S = 0.3
+_RUN_S = 1.0
 _LEAST_RUNS = 3
 _BEYOND_CACHES_BYTES = 64 << 20
 """So many bytes of matrices in turn, as a model's are: one alone would stay in the CPU's caches."""
