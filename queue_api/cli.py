@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -43,6 +44,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchmill {version('batchmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def batchmill(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Say the version and exit."
+        ),
+    ] = False,
+) -> None: ...
+
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
 

@@ -62,7 +62,7 @@ class RunStore:
         except (redis.RedisError, OSError) as error:
             raise friendly(error, self.settings.redis_url) from None
         for warning in info.warnings():
-            logger.warning("%s", warning)
+            logger.info("%s", warning)  # workers warn of it; a client can do nothing about it
         self._connected = True
 
     async def close(self) -> None:

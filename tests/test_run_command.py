@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rq import Queue
 from worker_kit import PATIENCE_S, until, workers
 
 from engine.demo_model import DEMO_MODEL_PATH
@@ -176,13 +177,30 @@ def test_a_run_killed_outright_takes_its_workers_with_it(batchmill, connection, 
         until(lambda: os.kill(worker.pid, 0))
 
 
-def test_workers_that_cannot_start_end_the_run_with_their_own_words(batchmill, tmp_path):
+def test_workers_that_cannot_start_end_the_run_and_leave_no_trace(
+    batchmill, connection, server, tmp_path
+):
     write_rows(tmp_path / "in.jsonl", 1)
     (tmp_path / "empty").mkdir()
-    code, _, err = batchmill("run", "in.jsonl", "-o", "out.jsonl", "--model", "./empty").end()
+    code, _, err = batchmill(
+        "run", "in.jsonl", "-o", "out.jsonl", "--model", "./empty", "--workers", "2",
+        "--redis-url", server.url,
+    ).end()  # fmt: skip
     assert code == 2
-    assert "empty" in err
+    assert err.count("empty") == 1, "said once, however many workers say it"
     assert "Traceback" not in err
+    assert connection.keys("*") == []
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_finished_run_takes_its_queue_with_it(batchmill, connection, server, tmp_path):
+    write_rows(tmp_path / "in.jsonl", 40)
+    arguments = ("run", "in.jsonl", "-o", "out.jsonl", "--model", "echo:")
+    code, _, err = batchmill(*arguments, "--redis-url", server.url).end()
+    assert code == 0, err
+    assert Queue.all(connection=connection) == []
+    forever = [key for key in connection.keys("*") if connection.ttl(key) == -1]
+    assert forever == []
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ def worker(
     logging.getLogger().setLevel(settings.log_level.upper())
     # RQ sets a level of its own and tells of each round of its housekeeping.
     logging.getLogger("rq.worker").setLevel(logging.WARNING)
+    # Of a prompt that is too long transformers says what isn't so here: it gets an error result.
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     raise typer.Exit(run_worker(settings))
 
 
@@ -218,7 +220,8 @@ def run(
     try:
         summary = run_async(run_offline(job, console))
     except Stopped:
-        console.print("broken off; the same command goes on where this one stopped", style="yellow")
+        if output != "-":
+            console.print("broken off; the same command goes on where this one stopped")
         raise
     if show and output != "-":
         console.print(sample_table(Path(output), show))
@@ -287,6 +290,12 @@ def _threads_each(num_workers: int) -> int | None:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // num_workers)
+
+
+ORDER = ["run", "worker", "submit", "status", "results", "cancel", "plan"]
+app.registered_commands.sort(
+    key=lambda command: ORDER.index(command.callback.__name__ if command.callback else "")
+)
 
 
 def main() -> None:

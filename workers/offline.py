@@ -13,20 +13,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import redis
 from rich.console import Console
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from queue_api.client import Client
 from queue_api.datasets import DEFAULT_WINDOW, dataset_run_id, run_dataset
 from queue_api.errors import ConfigurationError
+from queue_api.jobs import GenerateQueue
 from queue_api.redis_server import EmbeddedRedis
 from queue_api.schemas import SamplingParams
 from queue_api.settings import QueueSettings
+from queue_api.store import RunStore
 from queue_api.summary import Progress, RunSummary
 from workers.cluster import LocalCluster
 from workers.engines import require_packages
 from workers.report import progress_display
 
 __all__ = ["OfflineRun", "run_offline"]
+
+LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,25 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
         }
         settings = QueueSettings.load(redis_url=redis_url, queue=queue)
         cluster = LocalCluster(
-            job.num_workers,
-            environment,
-            on_line=lambda line: console.print(line, markup=False, highlight=False),
+            job.num_workers, environment, on_line=lambda line: _show(console, line)
         )
-        async with Client(settings=settings) as client, cluster:
-            generation = asyncio.create_task(_generate(job, client, run, display.update))
-            return await _unless_cluster_ends(generation, cluster)
+        async with Client(settings=settings) as client:
+            await client.store.connect()
+            async with cluster:
+                generation = asyncio.create_task(_generate(job, client, run, display.update))
+                summary = await _unless_cluster_ends(generation, cluster)
+            if job.queue is None:
+                await asyncio.to_thread(_forget_queue, client.store.rq_connection, queue)
+            return summary
 
 
 async def _generate(
     job: OfflineRun, client: Client, run: str, on_progress: Callable[[Progress], None]
 ) -> RunSummary:
+    if job.num_workers:
+        # Nothing is on the queue, and no output file there, until a worker has loaded its model:
+        # one that refuses its settings leaves no trace. Nor does loading count as queue time.
+        await _until_served(client.store, client.settings.queue)
     return await run_dataset(
         client,
         job.input,
@@ -88,6 +101,27 @@ async def _generate(
         window=job.window,
         on_progress=on_progress,
     )
+
+
+async def _until_served(store: RunStore, queue: str) -> None:
+    """Wait until a worker has registered for the queue."""
+    key = WORKERS_BY_QUEUE_KEY % queue
+    while not await store.call(lambda: store.redis.scard(key)):  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_EVERY_S)  # RQ tells of a worker's birth nowhere but there
+
+
+def _forget_queue(connection: redis.Redis, name: str) -> None:
+    """Take a finished run's own queue out of RQ's lists, unless jobs of it failed."""
+    queue = GenerateQueue(name, connection=connection, serializer="json")
+    if not queue.failed_job_registry.get_job_count(cleanup=False):
+        connection.delete(queue.finished_job_registry.key, WORKERS_BY_QUEUE_KEY % name)
+        queue.delete(delete_jobs=False)
+
+
+def _show(console: Console, line: str) -> None:
+    """A line of a worker's, but for its last words: those become the run's own error."""
+    if not line.startswith("batchmill: "):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 async def _unless_cluster_ends(
