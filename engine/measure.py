@@ -90,6 +90,8 @@ def _matrices(device: torch.device, dtype: torch.dtype, sizes: ModelSizes) -> Se
 
 
 def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, step: Step) -> float:
+    if not sizes.num_heads:
+        return 0.0
     batch = _batch(step, sizes.vocab_size)
     shape = KVShape(sizes.num_kv_heads, sizes.key_size, sizes.value_size)
     layer_bytes = step.num_slots * shape.slot_bytes(dtype)

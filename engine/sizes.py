@@ -153,9 +153,9 @@ def _active_share(name: str, config: Any) -> float:
 
 def _attention_sizes(config: Any) -> dict[str, int]:
     hidden = int(config.hidden_size)
-    heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or hidden // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    heads = _number(config, "num_attention_heads")  # 0: another kind of layer, without a cache
+    size = _number(config, "head_dim") or hidden // max(1, heads)
+    kv_heads = _number(config, "num_key_value_heads") or heads
     key_size = value_size = size
     if getattr(config, "kv_lora_rank", None):  # MLA: our pool holds what the attention is given
         kv_heads = heads
@@ -163,10 +163,16 @@ def _attention_sizes(config: Any) -> dict[str, int]:
         value_size = int(config.v_head_dim)
     return {
         "hidden_size": hidden,
-        "intermediate_size": int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        "intermediate_size": _number(config, "intermediate_size") or 4 * hidden,
         "vocab_size": int(config.vocab_size),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "key_size": key_size,
         "value_size": value_size,
     }
+
+
+def _number(config: Any, name: str) -> int:
+    """A field of the config, 0 if it isn't there; the largest if each layer has its own."""
+    value = getattr(config, name, None) or 0
+    return int(max(value) if isinstance(value, list | tuple) else value)

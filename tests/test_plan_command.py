@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from engine_models import VOCAB, make_model
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig
@@ -54,6 +57,13 @@ def test_measured_times_stand_beside_predicted_ones() -> None:
         assert stage["measured"]["decode_s"] > 0
         assert stage["measured"]["prefill_s"] > 0
         assert stage["measured"]["bubble_share"] == 0  # they take turns on the one device
+
+
+def test_a_model_without_attention_has_a_plan(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4)
+    make_model(config, tmp_path)
+    report = planned(str(tmp_path), "--devices", "cpu,cpu", "--max-model-len", "64")
+    assert [stage["cache_bytes_per_token"] for stage in report["stages"]] == [0, 0]
 
 
 def test_the_table_tells_how_to_have_its_cut() -> None:

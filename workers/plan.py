@@ -147,8 +147,9 @@ def _cache_slots(config: EngineConfig, plan: PartitionPlan, costs: CostModel, li
         * CACHE_SHARE[kind_of(name)]
         // slot_bytes[name]
         for name in weights
+        if slot_bytes[name]
     ]
-    return max(0, int(min(config.max_num_seqs * limit, *room)))
+    return max(0, int(min([config.max_num_seqs * limit, *room])))
 
 
 def _predicted(plan: PartitionPlan, costs: CostModel) -> list[StageTimes]:
