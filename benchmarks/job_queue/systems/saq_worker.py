@@ -36,6 +36,8 @@ class System:
             worker = Worker(
                 self._queue, [(NAME, first_word_in_context_by_name)], concurrency=AT_ONCE
             )
+            # its first sweep for stuck jobs would abort what has just been taken off a full queue
+            await self._queue.redis.set(self._queue._sweep, 1, ex=600)
             task = asyncio.create_task(worker.start())
             while await self._queue.count("incomplete"):  # noqa: ASYNC110 - it has no such event
                 await asyncio.sleep(LOOK_EVERY_S)
