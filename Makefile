@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # The tests' models are tiny: threads gain nothing, and fight where other work runs.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint types format check bench bench-cache chaos cluster clean
+.PHONY: help install demo test lint types format check bench bench-cache bench-queue chaos cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-cache: $(INSTALLED) ## Measure the cache's worth and the time per token; p
 	$(BIN)/python benchmarks/cache_speedup.py
 	$(BIN)/python benchmarks/per_token_time.py
 	$(BIN)/python benchmarks/question_answer.py
+
+bench-queue: $(INSTALLED) ## Measure the queue beside RQ, arq, saq, taskiq and bare Streams (those installed)
+	$(BIN)/python -m benchmarks.job_queue $(BENCH_QUEUE)
 
 chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that nothing is lost (CHAOS="--kills 50 …")
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
