@@ -1,4 +1,7 @@
-"""taskiq with taskiq-redis: a stream broker, its results in Redis."""
+"""taskiq with taskiq-redis: a list as its broker, which acknowledges nothing; results in Redis.
+
+Its stream broker stood still now and then when it was run like this (1.2.4).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import logging
 
 from taskiq import AsyncTaskiqTask
 from taskiq.api import run_receiver_task
-from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+from taskiq_redis import ListQueueBroker, RedisAsyncResultBackend
 
 from benchmarks.job_queue.systems.tasks import first_word
 from benchmarks.job_queue.systems.together import together
@@ -21,7 +24,7 @@ class System:
         self._runner = asyncio.Runner()
         pool = {"max_connection_pool_size": 10 * AT_ONCE}
         backend = RedisAsyncResultBackend(url, result_ex_time=3600, **pool)
-        self._broker = RedisStreamBroker(url, consumer_id="0", **pool).with_result_backend(backend)
+        self._broker = ListQueueBroker(url, **pool).with_result_backend(backend)
 
         async def answer(prompt: str) -> str:
             return first_word(prompt)
