@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
+            # As a terminal has it: a shell that runs the tests in the background ignores Ctrl-C.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         )
 
