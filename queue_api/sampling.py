@@ -53,7 +53,7 @@ class SamplingParams(BaseModel):
     """Fixes the draw. Unset, it follows from the request's run and id, so a retry repeats it."""
     stop: Annotated[
         list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOP_STRINGS)
-    ] = []
+    ] = Field(default_factory=list)
     """Text that ends generation; it isn't part of the result's text."""
     stop_token_ids: list[TokenId] = Field(default=[], max_length=256)
     """Token ids that end generation, besides the model's end-of-text ids."""

@@ -160,7 +160,7 @@ class JobTimings(BaseModel):
     """Enqueued until the first new token; None if there was none."""
     inter_token_s: float | None = None
     """Mean time between new tokens; None below two tokens."""
-    stage_s: list[float] = []
+    stage_s: list[float] = Field(default_factory=list)
     """This request's share of the time in each stage: a step's time over the sequences in it."""
 
 
@@ -181,7 +181,7 @@ class TokenLogprobs(TokenLogprob):
 
     rank: int
     """1 if none was likelier."""
-    top: list[TokenLogprob] = []
+    top: list[TokenLogprob] = Field(default_factory=list)
     """As many as asked for, the likeliest first."""
 
 
@@ -207,7 +207,7 @@ class GenerationResult(BaseModel):
     attempt: int = 1
     """1 the first time; more after a worker's death or a retry."""
     error: ErrorDetail | None = None
-    timings: JobTimings = JobTimings()
+    timings: JobTimings = Field(default_factory=JobTimings)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -152,7 +153,11 @@ def test_a_signal_ends_a_wait_at_once(
     batchmill("submit", source, "--run", "r", environment=environment)
     output = source.with_name("out.jsonl")
     waiting = subprocess.Popen(
-        [*COMMAND, "results", "r", "-o", str(output)], env=environment, stderr=subprocess.PIPE
+        [*COMMAND, "results", "r", "-o", str(output)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        # As a terminal has it: a shell that runs the tests in the background ignores Ctrl-C.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     until(lambda: output.exists() and output.stat().st_size)  # the broken row is there
     waiting.send_signal(signum)
