@@ -16,11 +16,11 @@ from queue_api.schemas import ChatMessage, GenerationRequest, SamplingParams
 QUESTIONS = [
     "What is 12 + 30?",
     "What is 9 - 4?",
-    "What comes after 41?",
+    "What number comes after 41?",
     "Which is larger, 17 or 71?",
     "Which day comes after Monday?",
-    "Spell the word lamp backwards.",
-    "Count from 3 to 9.",
+    "Reverse the word LAMP.",
+    "Count the words: fox, bell, mill.",
     "Tell a story with a fox and a bell.",
 ]
 
