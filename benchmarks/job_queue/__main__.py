@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import cores, names_among, peer_python
 from benchmarks.job_queue import idle_latency, million, worker_cost
 from benchmarks.job_queue.comparison import compare, goal, goals, table
 from benchmarks.job_queue.contest import CONTESTANTS
@@ -100,14 +101,16 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="few requests, one round")
-    parser.add_argument("--only", type=_names(PARTS), default=DEFAULT_PARTS, help=",".join(PARTS))
-    parser.add_argument("--systems", type=_names(keys), help=f"some of {','.join(keys)}")
+    parser.add_argument(
+        "--only", type=names_among(PARTS), default=DEFAULT_PARTS, help=",".join(PARTS)
+    )
+    parser.add_argument("--systems", type=names_among(keys), help=f"some of {','.join(keys)}")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--million", type=int, default=1_000_000, help="how many that is")
-    parser.add_argument("--cores", type=_cores, default=[0], help="such as 0,1 (default 0)")
+    parser.add_argument("--cores", type=cores, default=[0], help="such as 0,1 (default 0)")
     parser.add_argument(
         "--peer-python",
-        type=_peer_python,
+        type=peer_python,
         action="append",
         default=[],
         metavar="SYSTEM=PYTHON",
@@ -115,27 +118,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="a file for everything, as JSON")
     return parser.parse_args()
-
-
-def _names(known: Any):
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _cores(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _peer_python(text: str) -> tuple[str, str]:
-    key, _, python = text.partition("=")
-    if not python:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't SYSTEM=PYTHON")
-    return key, python
 
 
 if __name__ == "__main__":

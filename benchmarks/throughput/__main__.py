@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.arguments import cores, names_among, peer_python
 from benchmarks.throughput import report
 from benchmarks.throughput.contest import CONTESTANTS, Contestant
 from benchmarks.throughput.models import MODELS
@@ -104,16 +105,16 @@ def _arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model and workload")
-    parser.add_argument("--models", type=_names(list(MODELS)), default=["M1", "M2"])
-    parser.add_argument("--engines", type=_names(keys), help=f"some of {','.join(keys)}")
-    parser.add_argument("--tune", type=_names(keys), help="try the settings of these engines")
+    parser.add_argument("--models", type=names_among(list(MODELS)), default=["M1", "M2"])
+    parser.add_argument("--engines", type=names_among(keys), help=f"some of {','.join(keys)}")
+    parser.add_argument("--tune", type=names_among(keys), help="try the settings of these engines")
     parser.add_argument("--requests", type=int, help="only the first so many of the workload")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="for each engine (default 2)")
-    parser.add_argument("--cores", type=_cores, help="such as 0,1; the first --threads by default")
+    parser.add_argument("--cores", type=cores, help="such as 0,1; the first --threads by default")
     parser.add_argument(
         "--peer-python",
-        type=_peer_python,
+        type=peer_python,
         action="append",
         default=[],
         metavar="PEER=PYTHON",
@@ -126,27 +127,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one process")
     parser.add_argument("--verbose", action="store_true", help="what failing engines write, whole")
     return parser.parse_args()
-
-
-def _names(known: list[str]):
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _cores(text: str) -> list[int]:
-    return [int(core) for core in text.split(",")]
-
-
-def _peer_python(text: str) -> tuple[str, str]:
-    peer, _, python = text.partition("=")
-    if not python:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't PEER=PYTHON")
-    return peer, python
 
 
 if __name__ == "__main__":
