@@ -227,6 +227,14 @@ def test_what_is_wrong_is_said_in_one_place_and_exits_2(batchmill, tmp_path, arg
     assert "Traceback" not in err
 
 
+def test_settings_of_the_workers_are_read_before_anything_starts(batchmill, tmp_path):
+    write_rows(tmp_path / "in.jsonl", 1)
+    command = batchmill("run", "in.jsonl", "-o", "out.jsonl", BATCHMILL_NUM_THREADS="many")
+    code, _, err = command.end()
+    assert code == 2
+    assert err.count("BATCHMILL_NUM_THREADS is 'many'") == 1
+
+
 def test_wrong_password_is_told_and_not_shown(batchmill, connection, server, tmp_path):
     write_rows(tmp_path / "in.jsonl", 1)
     connection.acl_setuser("anna", enabled=True, passwords=["+right"], categories=["+@all"])

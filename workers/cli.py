@@ -195,9 +195,13 @@ def run(
         "max_num_seqs": max_num_seqs,
         "max_batch_tokens": max_batch_tokens,
         "max_model_len": max_model_len,
-        "num_threads": threads or _threads_each(workers),
+        "num_threads": threads,
         "trust_remote_code": trust_remote_code,
     }
+    # Read here as the workers will: what is wrong is said once and before anything starts.
+    settings = WorkerSettings.load(**flags)
+    flags["model"] = settings.model
+    flags["num_threads"] = settings.num_threads or _threads_each(workers)
     environment = {"BATCHMILL_LOG_LEVEL": os.environ.get("BATCHMILL_LOG_LEVEL", "warning")}
     environment |= {
         f"BATCHMILL_{name.upper()}": str(value)

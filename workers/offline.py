@@ -163,4 +163,4 @@ def _check(job: OfflineRun) -> None:
                 "--workers 0 leaves the work to others: name their --redis-url and --queue"
             )
         return
-    require_packages(job.worker_environment.get("BATCHMILL_MODEL", ""))
+    require_packages(job.worker_environment["BATCHMILL_MODEL"])
