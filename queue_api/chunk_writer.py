@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from queue_api.bitmap import Bitmap
 from queue_api.enqueue import QUEUE_FULL, EnqueueCall
 from queue_api.errors import QueueFullError
-from queue_api.jobs import chunk_job_id
+from queue_api.jobs import chunk_job_id, request_json
 from queue_api.reconcile import cancel_requests, undone
 from queue_api.schemas import GenerationRequest, GenerationResult
 from queue_api.store import RunStore
@@ -48,7 +48,7 @@ class ChunkWriter:
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full
-        self._chunk: list[tuple[int, GenerationRequest]] = []
+        self._chunk: list[tuple[int, str]] = []
         self._calls: list[EnqueueCall] = []
         self._results: list[GenerationResult] = []
         self._waiting = 0
@@ -58,9 +58,12 @@ class ChunkWriter:
         self.submitted = 0
         """Requests below this index are on the queue or have ended."""
 
-    async def put(self, index: int, item: GenerationRequest | GenerationResult) -> None:
+    async def put(
+        self, index: int, item: GenerationRequest | GenerationResult, as_json: str | None = None
+    ) -> None:
         """Take the next request, or what became of it already.
 
+        :param as_json: the request in that form, if the caller has it
         :raises QueueFullError: unless it is to wait; to go on, submit the run again
         """
         if self._chunk and self._chunk[0][0] // self._chunk_size != index // self._chunk_size:
@@ -69,7 +72,7 @@ class ChunkWriter:
         if index not in self._done:
             self._waiting += 1
             if isinstance(item, GenerationRequest):
-                self._chunk.append((index, item))
+                self._chunk.append((index, as_json or request_json(item)))
             else:
                 self._results.append(item)
         overdue = time.monotonic() - self._flushed_at > LINGER_S
@@ -82,9 +85,9 @@ class ChunkWriter:
 
     async def again(self, items: Sequence[tuple[int, GenerationRequest]]) -> None:
         """Enqueue requests whose jobs are gone once more."""
-        chunks: dict[int, list[tuple[int, GenerationRequest]]] = {}
+        chunks: dict[int, list[tuple[int, str]]] = {}
         for index, request in items:
-            chunks.setdefault(index // self._chunk_size, []).append((index, request))
+            chunks.setdefault(index // self._chunk_size, []).append((index, request_json(request)))
         await self._enqueue(
             [
                 self._template.call(chunk_job_id(self._run, number), self._run, chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -114,10 +114,18 @@ class Client:
         if return_token_ids:
             fields["return_token_ids"] = True
         request = as_request(fields, 0)
-        async with asyncio.timeout(timeout):
-            if id is None:
-                return await self._interactive.generate(request)
-            return await self._generate_once(request)
+        call = self._interactive.generate if id is None else self._generate_once
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await call(request)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            after = "withdrawn" if id is None else "it goes on; call again to get its result"
+            raise TimeoutError(
+                f"request {request.id!r}: no result within {timeout} s; {after}"
+            ) from None
 
     async def _generate_once(self, request: GenerationRequest) -> GenerationResult:
         run_id = _run_of(request.id)
@@ -149,22 +157,32 @@ class Client:
 
         A request that is wrong, or has another's id, becomes an error result; the others go on.
         Submitting the same requests as the same `run` again, after a crash say, makes nothing
-        twice. `defaults` apply to mappings and prompts. Memory: the ids of the run.
+        twice. `defaults` apply to mappings and prompts. Memory: the ids of the run. A list of
+        requests is kept by the run's handle, which sends again what Redis loses of them; what an
+        iterator gave isn't kept.
 
         :raises InvalidRequestError: the run id belongs to other requests
         :raises QueueFullError: the queue is full, for a client that doesn't wait
         """
         run_id = check_run_id(run if run is not None else uuid4().hex)
-        submission = Submission(
-            self.store,
-            run_id,
-            queue=queue or self.settings.queue,
-            chunk_size=chunk_size or self.settings.chunk_size,
-            defaults=defaults,
-            wait_when_full=self.wait_when_full,
-        )
-        await submission.run(requests)
-        return Run(run_id, self.store, self.reader, submission.ids)
+
+        def submission() -> Submission:
+            return Submission(
+                self.store,
+                run_id,
+                queue=queue or self.settings.queue,
+                chunk_size=chunk_size or self.settings.chunk_size,
+                defaults=defaults,
+                wait_when_full=self.wait_when_full,
+            )
+
+        async def submit_again(indexes: Collection[int]) -> None:
+            await submission().run(requests, frozenset(indexes))
+
+        first = submission()
+        await first.run(requests)
+        kept = submit_again if isinstance(requests, Sequence) else None
+        return Run(run_id, self.store, self.reader, first.ids, kept)
 
     def run(self, run_id: str) -> Run:
         """A run submitted before, here or elsewhere; that it exists shows at the first use.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +18,8 @@ from queue_api.jobs import (
     MAX_RETRIES_FIELD,
     GenerateJob,
     GenerateQueue,
-    chunk_kwargs,
+    chunk_payload,
 )
-from queue_api.schemas import GenerationRequest
 from queue_api.settings import QueueSettings
 
 __all__ = ["ENQUEUED", "QUEUE_FULL", "EnqueueCall", "JobTemplate"]
@@ -67,13 +65,16 @@ class JobTemplate:
         self,
         job_id: str,
         run: str,
-        items: Sequence[tuple[int, GenerationRequest]],
+        items: Sequence[tuple[int, str]],
         *,
         at_front: bool = False,
     ) -> EnqueueCall:
-        """Enqueue these requests of the run, with their indexes, as the job of that id."""
+        """Enqueue these requests of the run as the job of that id.
+
+        :param items: (index in the run, request as JSON)
+        """
         time = utcformat(now())
-        payload = json.dumps([GENERATE, None, [], chunk_kwargs(run, items)], separators=(",", ":"))
+        payload = chunk_payload(run, items)
         fields = {
             **self._fields,
             "data": zlib.compress(payload.encode(), 1),

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from queue_api.enqueue import QUEUE_FULL
 from queue_api.errors import BatchmillError, QueueFullError
-from queue_api.jobs import chunk_job_id
+from queue_api.jobs import chunk_job_id, request_json
 from queue_api.reader import ResultReader, Subscription
 from queue_api.reconcile import Reconciler, cancel_requests
 from queue_api.schemas import GenerationRequest, GenerationResult
@@ -112,18 +112,23 @@ class Interactive:
     async def _listen(self) -> None:
         async with self._opening:
             if self._receiver is None:
-                await self._store.open(self._run, queue=self._store.settings.queue, chunk_size=1)
+                await self._open()
                 subscription = await self._reader.subscribe(self._run)
                 self._receiver = asyncio.create_task(
                     self._receive(subscription), name="batchmill calls"
                 )
+
+    async def _open(self) -> None:
+        await self._store.open(self._run, queue=self._store.settings.queue, chunk_size=1)
 
     async def _enqueue(self, indexes: Sequence[int]) -> None:
         template = self._store.template(self._store.settings.queue)
         while indexes := [i for i in indexes if i in self._pending]:
             calls = [
                 template.call(
-                    chunk_job_id(self._run, i), self._run, [(i, self._pending[i].request)]
+                    chunk_job_id(self._run, i),
+                    self._run,
+                    [(i, request_json(self._pending[i].request))],
                 )
                 for i in indexes
             ]
@@ -153,6 +158,8 @@ class Interactive:
                 if time.monotonic() - swept_at >= reconcile_s:
                     swept_at = time.monotonic()
                     if self._pending:
+                        # a Redis that lost it takes no results for it
+                        await self._open()
                         await sweeper.sweep([i for i, p in self._pending.items() if p.sent])
         except Exception as error:  # as above
             self._receiver = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,11 @@ __all__ = [
     "GenerateQueue",
     "JobPayloadError",
     "chunk_job_id",
-    "chunk_kwargs",
+    "chunk_payload",
     "decode_chunk",
     "parse_item",
     "request_from_fields",
+    "request_json",
     "single_job_id",
 ]
 
@@ -101,12 +102,18 @@ class Chunk:
     """(index in the run, request as JSON value)"""
 
 
-def chunk_kwargs(run: str, items: Sequence[tuple[int, GenerationRequest]]) -> dict[str, Any]:
-    """The keyword arguments of the RQ job that holds these requests."""
-    requests = [
-        [index, request.model_dump(mode="json", exclude_defaults=True)] for index, request in items
-    ]
-    return {"run": run, "requests": requests}
+def chunk_payload(run: str, items: Iterable[tuple[int, str]]) -> str:
+    """What the RQ job that holds these requests unpacks to, as JSON.
+
+    :param items: (index in the run, request as JSON)
+    """
+    requests = ",".join(f"[{index},{request}]" for index, request in items)
+    return f'["{GENERATE}",null,[],{{"run":{json.dumps(run)},"requests":[{requests}]}}]'
+
+
+def request_json(request: GenerationRequest) -> str:
+    """A request as it stands in a job and in fingerprints."""
+    return request.model_dump_json(exclude_defaults=True)
 
 
 def decode_chunk(job_id: str, data: bytes) -> Chunk:

@@ -24,7 +24,7 @@ from queue_api.jobs import (
 )
 from queue_api.runs import RunStatus
 from queue_api.schemas import ErrorDetail, FinishReason, GenerationResult
-from queue_api.store import RunStore
+from queue_api.store import CANCELLED, LEFT_TO_RQ, RunStore
 
 __all__ = ["Reconciler", "cancel_requests", "undone"]
 
@@ -160,15 +160,19 @@ async def request_ids(
 ) -> dict[int, str]:
     """The ids of these requests: known here, read from their jobs, else the index as text."""
     ids = {index: id_of(index) for index in indexes}
+    chunks = sorted({index // status.chunk_size for index, known in ids.items() if known is None})
+    await _read_ids(store, [chunk_job_id(status.id, chunk) for chunk in chunks], ids)
+    # only of a chunk that is gone: there are as many singles as requests
     unknown = [index for index, known in ids.items() if known is None]
-    chunks = sorted({index // status.chunk_size for index in unknown})
-    jobs = [chunk_job_id(status.id, c) for c in chunks]
-    jobs += [single_job_id(status.id, i) for i in unknown]
-    for job_id, (data,) in zip(jobs, await store.job_fields(jobs, "data"), strict=True):
+    await _read_ids(store, [single_job_id(status.id, index) for index in unknown], ids)
+    return {index: known if known is not None else str(index) for index, known in ids.items()}
+
+
+async def _read_ids(store: RunStore, job_ids: list[str], ids: dict[int, str | None]) -> None:
+    for job_id, (data,) in zip(job_ids, await store.job_fields(job_ids, "data"), strict=True):
         for index, request in _items(job_id, data):
             if index in ids and ids[index] is None and isinstance(request, dict):
                 ids[index] = str(request.get("id", index))
-    return {index: known if known is not None else str(index) for index, known in ids.items()}
 
 
 def _items(job_id: str, data: bytes | None) -> list[tuple[int, object]]:
@@ -180,12 +184,17 @@ def _items(job_id: str, data: bytes | None) -> list[tuple[int, object]]:
         return []
 
 
-async def cancel_requests(store: RunStore, status: RunStatus, indexes: Sequence[int]) -> int:
+async def cancel_requests(
+    store: RunStore,
+    status: RunStatus,
+    indexes: Sequence[int],
+    id_of: Callable[[int], str | None] = lambda _: None,
+) -> int:
     """End these requests with a `cancelled` result, then withdraw jobs that have nothing left.
 
     Returns how many were cancelled; the others had their result already.
     """
-    ids = await request_ids(store, status, indexes)
+    ids = await request_ids(store, status, indexes, id_of)
     results = [
         GenerationResult.failed(
             ids[index],
@@ -197,27 +206,37 @@ async def cancel_requests(store: RunStore, status: RunStatus, indexes: Sequence[
         for index in indexes
     ]
     new = await store.emit(status.id, results)
-    done = await store.done(status.id)
-    size = status.chunk_size
-    chunks = [
-        chunk
-        for chunk in sorted({index // size for index in indexes})
-        if next(done.missing(min((chunk + 1) * size, status.submitted), chunk * size), None) is None
-    ]
-    job_ids = [chunk_job_id(status.id, chunk) for chunk in chunks]
-    job_ids += [single_job_id(status.id, index) for index in indexes]
-    states = await store.job_fields(job_ids, "status")
-    alive = [
-        job_id
-        for job_id, (state,) in zip(job_ids, states, strict=True)
-        if state is not None and state.decode() not in (*_DEAD, JobStatus.FINISHED.value)
-    ]
-    await asyncio.to_thread(_cancel_jobs, store, alive)
+    await _withdraw(store, status, indexes)
     return new
 
 
+async def _withdraw(store: RunStore, status: RunStatus, indexes: Sequence[int]) -> None:
+    """Cancel the jobs of these requests, unless they hold others that go on."""
+    done = await store.done(status.id)
+    size = status.chunk_size
+    by_chunk: dict[int, list[int]] = {}
+    for index in indexes:
+        by_chunk.setdefault(index // size, []).append(index)
+    over = {
+        chunk: chunk_job_id(status.id, chunk)
+        for chunk in sorted(by_chunk)
+        if next(done.missing(min((chunk + 1) * size, status.submitted), chunk * size), None) is None
+    }
+    answers = await store.cancel_queued(status.queue, over.values())
+    # a chunk that waited whole has no singles; read after the chunks: see _abandoned
+    singles = [
+        single_job_id(status.id, index)
+        for chunk, inside in by_chunk.items()
+        if answers.get(over.get(chunk, "")) != CANCELLED
+        for index in inside
+    ]
+    answers |= await store.cancel_queued(status.queue, singles)
+    left = [job_id for job_id, answer in answers.items() if answer == LEFT_TO_RQ]
+    await asyncio.to_thread(_cancel_jobs, store, left)
+
+
 def _cancel_jobs(store: RunStore, job_ids: Sequence[str]) -> None:
-    """With RQ's own API: queued jobs leave their queue, running ones lose their lease."""
+    """With RQ's own API: running jobs lose their lease, others leave what they wait in."""
     for job_id in job_ids:
         try:
             job = GenerateJob.fetch(job_id, store.rq_connection, serializer=JSONSerializer)

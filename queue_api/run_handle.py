@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from queue_api.bitmap import Bitmap
-from queue_api.errors import InvalidRequestError, RunIncompleteError
+from queue_api.errors import InvalidRequestError, RunIncompleteError, RunNotFoundError
 from queue_api.jobs import chunk_job_id
 from queue_api.reader import ResultReader, Subscription
 from queue_api.reconcile import Reconciler, cancel_requests, request_ids, undone
@@ -19,7 +20,11 @@ from queue_api.store import Entry, RunStore, parse_result
 
 __all__ = ["Run"]
 
+logger = logging.getLogger(__name__)
+
 FIRST_WAIT_S = 0.05
+MOST_TIMES_FORGOTTEN = 3
+"""So often a run that vanished is submitted again by one handle."""
 
 
 class Run:
@@ -31,11 +36,15 @@ class Run:
         store: RunStore,
         reader: ResultReader,
         ids: Sequence[str] | None = None,
+        submit_again: Callable[[Collection[int]], Awaitable[None]] | None = None,
     ) -> None:
         self.id = run_id
         self._store = store
         self._reader = reader
         self._ids = ids
+        self._submit_again = submit_again
+        """Sends the requests at these indexes once more, where the producer still has them."""
+        self._times_forgotten = 0
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -44,7 +53,8 @@ class Run:
         """Every result once, in completion order, from the first on; ends with the run.
 
         Requests whose jobs died without an answer end in an error result, so it doesn't wait for
-        ever; for requests on the queue it waits until there is a worker.
+        ever; for requests on the queue it waits until there is a worker. What Redis lost is sent
+        again if this is the handle of who submitted it, from a list.
 
         :raises RunNotFoundError: no such run, or it was deleted or expired
         :raises RunIncompleteError: the producer fell silent without saying how many there are
@@ -89,24 +99,37 @@ class Run:
         be computed to its end: its text is then dropped. Returns how many were cancelled.
 
         :raises RunNotFoundError: no such run
-        :raises InvalidRequestError: no such request in it that isn't done
+        :raises InvalidRequestError: no such request in it; neither among those whose results
+            were taken off the stream, for those aren't known any more
         """
         if request_id is None:
             await self._store.status(self.id)  # a mistyped id mustn't make a run
             await self._store.set(self.id, cancelled=1)
+            self._submit_again = None
         status = await self._store.status(self.id)
         indexes = await undone(self._store, status)
         if request_id is not None:
-            indexes = [await self._index_of(request_id, status, indexes)]
-        return await cancel_requests(self._store, status, indexes)
+            indexes = await self._open_index(request_id, status, indexes)
+        return await cancel_requests(self._store, status, indexes, self._id_of)
 
-    async def _index_of(self, request_id: str, status: RunStatus, indexes: list[int]) -> int:
-        ids = self._ids
-        known = (lambda i: ids[i] if i < len(ids) else None) if ids else (lambda _: None)
-        for index, found in (await request_ids(self._store, status, indexes, known)).items():
+    def _id_of(self, index: int) -> str | None:
+        """The id of the request at an index, if this is who submitted it."""
+        return self._ids[index] if self._ids is not None and index < len(self._ids) else None
+
+    async def _open_index(
+        self, request_id: str, status: RunStatus, indexes: list[int]
+    ) -> list[int]:
+        """Where the request is among these; nowhere if it has its result already."""
+        for index, found in (await request_ids(self._store, status, indexes, self._id_of)).items():
             if found == request_id:
-                return index
-        raise InvalidRequestError(f"run {self.id!r} has no unfinished request {request_id!r}")
+                return [index]
+        if request_id in (self._ids or ()):
+            return []
+        async with aclosing(self.batches(follow=False)) as batches:
+            async for batch in batches:
+                if any(result.id == request_id for result in batch):
+                    return []
+        raise InvalidRequestError(f"run {self.id!r} has no request {request_id!r}")
 
     async def _pages(self, *, follow: bool = True) -> AsyncGenerator[list[Entry], None]:
         """The stream from its start to the end of the run, or to where it is now."""
@@ -132,11 +155,8 @@ class Run:
     ) -> AsyncGenerator[list[Entry], None]:
         """What comes, with sweeps for abandoned requests while nothing does."""
         reconcile_s = self._store.settings.reconcile_s
-        ids = self._ids
-        sweeper = Reconciler(
-            self._store, self.id, lambda i: ids[i] if ids and i < len(ids) else None
-        )
-        status = await self._store.status(self.id)
+        sweeper = Reconciler(self._store, self.id, self._id_of, self._submit_again)
+        status = await self._known_status()
         wait_s, heard_at, swept_at = FIRST_WAIT_S, time.monotonic(), time.monotonic()
         while status.total is None or len(seen) < status.total:
             page = await subscription.take(wait_s)
@@ -145,14 +165,36 @@ class Run:
                 wait_s = FIRST_WAIT_S
                 heard_at = swept_at = time.monotonic()
                 continue
-            status = await self._store.status(self.id)
+            status = await self._known_status()
             if status.complete:
-                return
+                break
             self._check_producer(status, time.monotonic() - heard_at)
             if time.monotonic() - swept_at >= reconcile_s:
                 swept_at = time.monotonic()
                 await sweeper.sweep()
             wait_s = min(wait_s * 2, reconcile_s)
+        self._submit_again = None  # whoever removes it from now on means it
+
+    async def _known_status(self) -> RunStatus:
+        """How far it is; what Redis forgot of the submission is sent again, if it is at hand.
+
+        :raises RunNotFoundError: no such run
+        """
+        count = len(self._ids or ())
+        try:
+            status = await self._store.status(self.id)
+            if status.total is not None or self._submit_again is None:
+                return status
+            lost = range(status.submitted, count)
+        except RunNotFoundError:
+            if self._submit_again is None or self._times_forgotten >= MOST_TIMES_FORGOTTEN:
+                raise
+            self._times_forgotten += 1
+            # those whose results were told already too: others may read the run
+            lost = range(count)
+        logger.warning("run %s: Redis lost %d of its requests; sent again", self.id, len(lost))
+        await self._submit_again(lost)
+        return await self._store.status(self.id)
 
     def _check_producer(self, status: RunStatus, silent_s: float) -> None:
         waiting_for_producer = status.total is None and status.done >= status.submitted

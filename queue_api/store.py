@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import redis
 import redis.asyncio as aredis
 from pydantic import ValidationError
+from rq.defaults import RQ_KEY_PREFIX
 
 from queue_api.bitmap import Bitmap
 from queue_api.connection import CONNECTION_LOST, check_server, connect, connect_async, friendly
@@ -22,7 +23,15 @@ from queue_api.schemas import ErrorDetail, GenerationResult, describe
 from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
 
-__all__ = ["Entry", "RunStore", "cancellations", "parse_result", "read_entry"]
+__all__ = [
+    "CANCELLED",
+    "LEFT_TO_RQ",
+    "Entry",
+    "RunStore",
+    "cancellations",
+    "parse_result",
+    "read_entry",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +39,13 @@ _T = TypeVar("_T")
 Entry = tuple[str, int, bytes]
 """(id in the stream, index in the run, result as JSON)"""
 
-# bounds the time that one script holds the server up
+CANCELLED, LEFT_TO_RQ = 1, 2
+"""What cancel.lua returns; 0 is a job that ended."""
+
+# these bound the time that one script holds the server up
 EMIT_AT_ONCE = 250
+CANCEL_AT_ONCE = 250
+QUEUE_ENTRIES_AT_ONCE = 1_000_000
 READ_AT_ONCE = 1000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 3.0
 
@@ -47,6 +61,7 @@ class RunStore:
         self._templates: dict[str, JobTemplate] = {}
         self._enqueue = self.redis.register_script(load_script("enqueue"))
         self._emit = self.redis.register_script(load_script("emit"))
+        self._cancel = self.redis.register_script(load_script("cancel"))
         self._reopen = self.redis.register_script(load_script("reopen"))
         self._connected = False
 
@@ -153,6 +168,22 @@ class RunStore:
                 return await pipe.execute()
 
         return await self.call(talk) if calls else []
+
+    async def cancel_queued(self, queue: str, job_ids: Iterable[str]) -> dict[str, int]:
+        """Cancel those of these jobs that wait on the queue; what cancel.lua says of each."""
+        waiting, answers = list(job_ids), dict[str, int]()
+        keys = [self.template(queue).queue.key, f"{RQ_KEY_PREFIX}:canceled:{queue}"]
+        limits: list[str | int] = [queue, self.settings.job_ttl_s, QUEUE_ENTRIES_AT_ONCE]
+        while page := waiting[:CANCEL_AT_ONCE]:
+            jobs = [
+                key
+                for job_id in page
+                for key in (GenerateJob.key_for(job_id), GenerateJob.dependents_key_for(job_id))
+            ]
+            got = await self.call(lambda j=jobs, p=page: self._cancel([*keys, *j], [*limits, *p]))  # type: ignore[misc]
+            answers |= zip(page, got, strict=False)
+            del waiting[: len(got)]
+        return answers
 
     async def emit(self, run: str, results: Sequence[GenerationResult]) -> int:
         """Append results, at most one per request ever; returns how many were the first.

@@ -83,19 +83,22 @@ class Submission:
         self._content = hashlib.blake2b(digest_size=16)
         self._writer: ChunkWriter | None = None
         self._head: list[Item] = []
+        self._only: frozenset[int] | None = None
         self._known_total: int | None = None
 
-    async def run(self, requests: Requests) -> None:
-        """Put them all on the queue.
+    async def run(self, requests: Requests, only: frozenset[int] | None = None) -> None:
+        """Put them all on the queue; with `only`, those at these indexes.
 
         :raises InvalidRequestError: the run id belongs to other requests
         :raises QueueFullError: the queue is full and it isn't to wait
         """
+        self._only = only
         async for given in _each(requests):
             item = self._check(given, len(self.ids))
             self.ids.append(item.id)
-            self._content.update(item.model_dump_json(exclude_defaults=True).encode() + b"\n")
-            await self._take(item)
+            as_json = item.model_dump_json(exclude_defaults=True)
+            self._content.update(as_json.encode() + b"\n")
+            await self._take(item, as_json)
         writer = self._writer or await self._open()
         await writer.flush()
         await self._close()
@@ -116,12 +119,12 @@ class Submission:
                 request_id(given, index), error, run=self._run, index=index
             )
 
-    async def _take(self, item: Item) -> None:
+    async def _take(self, item: Item, as_json: str) -> None:
         index = len(self.ids) - 1
         if self._known_total is not None and index >= self._known_total:
             raise self._other_content()
         if self._writer is not None:
-            await self._writer.put(index, item)
+            await self._put(self._writer, index, item, as_json)
             return
         self._head.append(item)
         if len(self._head) >= HEAD:
@@ -147,9 +150,17 @@ class Submission:
             wait_when_full=self._wait_when_full,
         )
         for index, item in enumerate(self._head):
-            await self._writer.put(index, item)
+            await self._put(self._writer, index, item)
         self._head.clear()
         return self._writer
+
+    async def _put(
+        self, writer: ChunkWriter, index: int, item: Item, as_json: str | None = None
+    ) -> None:
+        if self._only is None or index in self._only:
+            await writer.put(index, item, as_json)
+        else:
+            writer.skip(index)
 
     async def _close(self) -> None:
         there = await self._store.open(self._run, content=self._content.hexdigest())

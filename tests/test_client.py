@@ -22,6 +22,7 @@ from queue_api.errors import (
     RunIncompleteError,
     RunNotFoundError,
 )
+from queue_api.jobs import GENERATE
 from queue_api.reader import MOST_UNREAD
 from queue_api.redis_server import EmbeddedRedis
 from queue_api.runs import RunKeys
@@ -178,6 +179,73 @@ def test_jobs_that_failed_were_deleted_or_cancelled_become_results(
     assert got[2].finish_reason is FinishReason.CANCELLED
 
 
+LOSSES = {
+    "everything": lambda c: c.flushall(),
+    "jobs": lambda c: c.delete(*c.keys("rq:*")),
+    "the end of the submission": lambda c: (
+        c.delete("rq:job:r-3", "rq:job:r-4"),
+        c.lrem("rq:queue:batchmill", 0, "r-3"),
+        c.lrem("rq:queue:batchmill", 0, "r-4"),
+        c.hset("batchmill:{r}", mapping={"total": -1, "submitted": 6}),
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_redis_lost_of_a_run_its_producer_sends_again(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer, loss: str
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            run = await client.submit(PROMPTS, "r", chunk_size=2)
+            answerer.answer(jobs=2)
+            results = run.results()
+            told = [await anext(results) for _ in range(3)]
+            LOSSES[loss](connection)
+            async with answerer.answering():
+                told += [result async for result in results]
+            assert sorted(result.index for result in told) == list(range(10))
+            assert {result.text for result in told} == {f"answer to {p}" for p in PROMPTS}
+            # whoever reads it now finds it whole
+            assert (await run.status()).complete
+            assert len(await all_results(client, "r")) == 10
+
+    asyncio.run(main())
+
+
+def test_what_redis_lost_of_a_run_ends_in_errors_where_nobody_has_the_requests(
+    settings: QueueSettings, connection: redis.Redis
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            run = await client.submit(iter(PROMPTS), "r", chunk_size=2)
+            LOSSES["jobs"](connection)
+            codes = [result.error and result.error.code async for result in run.results()]
+            assert codes == ["job_lost"] * 10
+            run = await client.submit(iter(PROMPTS), "r2", chunk_size=2)
+            connection.flushall()
+            with pytest.raises(RunNotFoundError):
+                await run.wait()
+
+    asyncio.run(main())
+
+
+def test_calls_survive_a_redis_that_lost_everything(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            calls = [asyncio.create_task(client.generate(f"{i}")) for i in range(10)]
+            await asyncio.to_thread(until, lambda: len(rq_queue(connection)) == 10)
+            answerer.answer(jobs=4)
+            connection.flushall()
+            async with answerer.answering():
+                got = await asyncio.gather(*calls)
+            assert [result.text for result in got] == [f"answer to {i}" for i in range(10)]
+
+    asyncio.run(main())
+
+
 def on_disk(connection: redis.Redis) -> bool:
     return not connection.info("persistence")["aof_rewrite_in_progress"]
 
@@ -214,6 +282,36 @@ def test_cancel_ends_what_is_open_and_empties_the_queue(
     assert rq_job(connection, "r-4").get_status() is JobStatus.CANCELED
 
 
+def test_cancelled_in_bulk_jobs_are_to_rq_as_if_it_had_done_it(
+    settings: QueueSettings, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as if the queue were very long: a call of the script ends after one job, or two
+    monkeypatch.setattr("queue_api.store.QUEUE_ENTRIES_AT_ONCE", 12)
+    queue = rq_queue(connection)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            run = await client.submit(PROMPTS, "r", chunk_size=2)
+            await client.submit(PROMPTS, "other", chunk_size=2)
+            connection.hset("rq:job:r-2", mapping={"rate_limit_key": "k"})
+            rq_job(connection, "other-0").cancel()
+            dependent = queue.enqueue(GENERATE, "after it", depends_on=rq_job(connection, "r-3"))
+            assert await run.cancel() == 10
+            assert dependent.get_status() is JobStatus.DEFERRED
+
+    asyncio.run(main())
+    ours = [f"r-{i}" for i in range(5)]
+    assert queue.job_ids == [f"other-{i}" for i in range(1, 5)]
+    assert sorted(queue.canceled_job_registry.get_job_ids()) == ["other-0", *ours]
+    by_rq = connection.zscore("rq:canceled:batchmill", "other-0")
+    for job_id in ours:
+        assert rq_job(connection, job_id).get_status() is JobStatus.CANCELED
+        assert 0 <= connection.zscore("rq:canceled:batchmill", job_id) - by_rq < 60
+        assert 0 < connection.ttl(f"rq:job:{job_id}") <= settings.job_ttl_s
+    as_rq = set(connection.hkeys("rq:job:other-0"))
+    assert set(connection.hkeys("rq:job:r-0")) == as_rq
+
+
 def test_one_request_can_be_cancelled_and_its_neighbours_go_on(
     settings: QueueSettings, connection: redis.Redis, answerer: Answerer
 ) -> None:
@@ -225,7 +323,7 @@ def test_one_request_can_be_cancelled_and_its_neighbours_go_on(
             async with Client(settings=settings) as other:
                 assert await other.cancel("r", "id-1") == 1
                 assert rq_queue(connection).job_ids == ["r-0", "r-1"]
-                with pytest.raises(InvalidRequestError, match="no unfinished request 'id-9'"):
+                with pytest.raises(InvalidRequestError, match="has no request 'id-9'"):
                     await other.cancel("r", "id-9")
             answerer.answer()
             got = await all_results(client, "r")
@@ -236,6 +334,9 @@ def test_one_request_can_be_cancelled_and_its_neighbours_go_on(
                 "stop",
             ]
             assert got[1].id == "id-1"
+            async with Client(settings=settings) as other:
+                assert await other.cancel("r", "id-1") == 0, "it has ended"
+                assert await other.cancel("r", "id-3") == 0
 
     asyncio.run(main())
 

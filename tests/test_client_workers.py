@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from worker_kit import WorkerProcess, until
 
 from queue_api.client import Client
 from queue_api.errors import DuplicateRequestError, GenerationFailedError
+from queue_api.runs import RunKeys
 from queue_api.schemas import FinishReason
 from queue_api.settings import QueueSettings
 from queue_api.sync_client import SyncClient
@@ -32,6 +34,33 @@ def test_a_thousand_calls_wait_at_once_and_each_gets_its_own_text(
             assert [result.metadata["i"] for result in got] == list(range(1000))
             assert len(run_keys(connection)) <= 4, "a run, and the stream that wakes the reader"
         assert [key for key in run_keys(connection) if "calls-" in key] == []
+
+    asyncio.run(main())
+
+
+def test_a_worker_killed_among_500_calls_costs_no_answer_and_doubles_none(
+    settings: QueueSettings, connection: redis.Redis, start_worker: StartWorker
+) -> None:
+    slow = "echo:tokens=20,step_s=0.01,max_num_seqs=32"
+    victim = start_worker(slow, lease_s=1, max_num_seqs=32)
+    start_worker(slow, lease_s=1, max_num_seqs=32)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            calls = [asyncio.create_task(client.generate(f"number{i}")) for i in range(500)]
+            answers = asyncio.as_completed(calls)
+            for _ in range(100):
+                await next(answers)
+            victim.send(signal.SIGKILL)
+            got = await asyncio.gather(*calls)
+            assert [r.text for r in got] == [" ".join([f"number{i}"] * 20) for i in range(500)]
+            again = [result for result in got if result.attempt > 1]
+            assert again, "the victim held none"
+            (run,) = {result.run for result in got}
+            status = await client.status(run)
+            assert (status.done, dict(status.finish_reasons)) == (500, {"length": 500})
+            # how many were ever appended: the client has trimmed what it was told
+            assert connection.xinfo_stream(RunKeys.of(run).results)["entries-added"] == 500
 
     asyncio.run(main())
 
@@ -57,7 +86,7 @@ def test_a_call_with_an_id_is_made_once(
 def test_an_abandoned_call_is_withdrawn(settings: QueueSettings, connection: redis.Redis) -> None:
     async def main() -> None:
         async with Client(settings=settings) as client:
-            with pytest.raises(TimeoutError):
+            with pytest.raises(TimeoutError, match=r"no result within 0.2 s; withdrawn"):
                 await client.generate("nobody answers", timeout=0.2)
             await asyncio.to_thread(until, lambda: not len(rq_queue(connection)))
             call = asyncio.create_task(client.generate("nobody answers"))
