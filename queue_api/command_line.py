@@ -13,8 +13,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import typer
 from pydantic import ValidationError
@@ -40,6 +40,7 @@ __all__ = [
     "RunId",
     "Stopped",
     "exit_code_of",
+    "option_group",
     "run_app",
     "run_async",
     "sampling_options",
@@ -51,8 +52,8 @@ RedisUrl = Annotated[
     str | None,
     typer.Option(
         "--redis-url",
-        help="redis://user:password@host:port/db, rediss://… for TLS, unix:///path. "
-        "Default: $REDIS_URL.",
+        help="redis://user:password@host:port/db, rediss://… for TLS, unix:///path, "
+        "redis+sentinel://host,host/service. Default: $REDIS_URL.",
         show_default=False,
     ),
 ]
@@ -116,37 +117,56 @@ _SAMPLING: dict[str, Any] = {
 }
 
 
-def sampling_options(command: Callable[..., _T]) -> Callable[..., _T]:
-    """Give a command an option per sampling field; it gets them as one `sampling` parameter.
+def option_group(
+    parameter: str, options: Mapping[str, Any], build: Callable[[dict[str, Any]], Any] = dict
+) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """Give a command several options that it gets as one parameter.
 
-    What isn't given stays unset, so that a row's own fields and the defaults show through.
+    :param parameter: the command's parameter, which is no option itself
+    :param options: name to annotation; an option not given is False if it is a plain bool, else
+        None
+    :param build: makes the parameter's value of the options' values by name
     """
-    plain = inspect.signature(command, eval_str=True)
 
-    @functools.wraps(command)
-    def wrapper(**given: Any) -> _T:
-        fields = {name: given.pop(name) for name in _SAMPLING}
-        chosen = {name: value for name, value in fields.items() if value}
-        chosen.update({n: v for n, v in fields.items() if v == 0 and v is not False})
-        try:
-            sampling = SamplingParams(**chosen)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error)) from None
-        return command(**given, sampling=sampling)
+    def decorate(command: Callable[..., _T]) -> Callable[..., _T]:
+        plain = inspect.signature(command, eval_str=True)
 
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False if name == "ignore_eos" else None,
-            annotation=annotation,
-        )
-        for name, annotation in _SAMPLING.items()
-    ]
-    kept = [p.replace(kind=p.KEYWORD_ONLY) for n, p in plain.parameters.items() if n != "sampling"]
-    wrapper.__signature__ = plain.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*kept, *options]}
-    return wrapper
+        @functools.wraps(command)
+        def wrapper(**given: Any) -> _T:
+            values = {name: given.pop(name) for name in options}
+            return command(**given, **{parameter: build(values)})
+
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if get_args(annotation)[0] is bool else None,
+                annotation=annotation,
+            )
+            for name, annotation in options.items()
+        ]
+        kept = [
+            p.replace(kind=p.KEYWORD_ONLY) for n, p in plain.parameters.items() if n != parameter
+        ]
+        wrapper.__signature__ = plain.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+        return wrapper
+
+    return decorate
+
+
+def _sampling_of(values: dict[str, Any]) -> SamplingParams:
+    """What isn't given stays unset, so that a row's own fields and the defaults show through."""
+    chosen = {name: value for name, value in values.items() if value}
+    chosen.update({n: v for n, v in values.items() if v == 0 and v is not False})
+    try:
+        return SamplingParams(**chosen)
+    except ValidationError as error:
+        raise ConfigurationError(describe(error)) from None
+
+
+sampling_options = option_group("sampling", _SAMPLING, _sampling_of)
+"""Give a command an option per sampling field; it gets them as one `sampling` parameter."""
 
 
 class Stopped(BaseException):

@@ -22,6 +22,7 @@ from queue_api.errors import (
     RedisServerError,
     RedisUnavailableError,
 )
+from queue_api.sentinel import AsyncSentinelPool, SentinelAddress, SentinelPool, is_sentinel_url
 
 __all__ = [
     "CONNECTION_LOST",
@@ -66,10 +67,13 @@ def connect(url: str, max_connections: int = 16) -> redis.Redis:
 
     :raises ConfigurationError: the URL can't be read
     """
+    pool: redis.BlockingConnectionPool
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url, max_connections=max_connections, timeout=SOCKET_TIMEOUT_S, **_for_scheme(url)
-        )
+        bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
+        if is_sentinel_url(url):
+            pool = SentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url))
+        else:
+            pool = redis.BlockingConnectionPool.from_url(url, **bounds, **_for_scheme(url))
     except ValueError as error:
         raise _bad_url(url, error) from None
     return redis.Redis.from_pool(pool)
@@ -80,10 +84,13 @@ def connect_async(url: str, max_connections: int = 16) -> aredis.Redis:
 
     :raises ConfigurationError: the URL can't be read
     """
+    pool: aredis.BlockingConnectionPool
     try:
-        pool = aredis.BlockingConnectionPool.from_url(
-            url, max_connections=max_connections, timeout=SOCKET_TIMEOUT_S, **_for_scheme(url)
-        )
+        bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
+        if is_sentinel_url(url):
+            pool = AsyncSentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url))
+        else:
+            pool = aredis.BlockingConnectionPool.from_url(url, **bounds, **_for_scheme(url))
     except ValueError as error:
         raise _bad_url(url, error) from None
     return aredis.Redis.from_pool(pool)
@@ -97,7 +104,8 @@ def _for_scheme(url: str) -> dict[str, Any]:
 def _bad_url(url: str, error: ValueError) -> ConfigurationError:
     return ConfigurationError(
         f"{safe_url(url)!r} isn't a Redis URL ({error}); use something like "
-        "redis://localhost:6379/0, rediss://user:password@host:6380 or unix:///run/redis.sock"
+        "redis://localhost:6379/0, rediss://user:password@host:6380, unix:///run/redis.sock or "
+        "redis+sentinel://host:26379,host:26379/mymaster/0"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
+FOLDER_PREFIX = "batchmill-redis-"
+OWNER_LOCK = "owner.lock"
+"""Locked for as long as whoever made the folder lives."""
 
 
 def find_server() -> Path:
@@ -64,6 +69,7 @@ class EmbeddedRedis:
         self._binary = Path(binary) if binary else find_server()
         self._given = Path(directory) if directory is not None else None
         self._private: Path | None = None
+        self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -79,8 +85,10 @@ class EmbeddedRedis:
 
     def __enter__(self) -> EmbeddedRedis:
         # the socket is never in the user's folder: its path may be too long for one (108 bytes)
-        self._private = Path(tempfile.mkdtemp(prefix="batchmill-redis-"))
+        _sweep_abandoned()
+        self._private = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:
+            self._lock = _mark_owned(self._private)
             self.start()
         except BaseException:
             self.__exit__(None, None, None)
@@ -97,6 +105,9 @@ class EmbeddedRedis:
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def start(self) -> None:
         """Start the server, with the data it had, and wait until it answers."""
@@ -190,6 +201,29 @@ class EmbeddedRedis:
             logger.warning("the embedded Redis didn't stop in %s s; killing it", STOP_TIMEOUT_S)
             process.kill()
             process.wait()
+
+
+def _mark_owned(folder: Path) -> int:
+    """Lock the folder as in use; returns the descriptor that holds the lock."""
+    made = folder / f"{OWNER_LOCK}.new"
+    lock = os.open(made, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    made.rename(folder / OWNER_LOCK)  # nobody sees it unlocked while we live
+    return lock
+
+
+def _sweep_abandoned() -> None:
+    """Remove folders whose owner was killed and couldn't; ours only, and none without a lock."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, somebody else's, or gone meanwhile
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder / OWNER_LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _quoted(path: Path) -> str:

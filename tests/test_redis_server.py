@@ -98,6 +98,40 @@ def test_it_ends_when_its_parent_is_killed() -> None:
     until(lambda: not alive(pid))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_what_a_killed_owner_left_is_swept_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    foreign = tmp_path / "batchmill-redis-of-somebody"
+    foreign.mkdir()
+    script = (
+        "from queue_api.redis_server import EmbeddedRedis\n"
+        "with EmbeddedRedis() as server:\n"
+        "    print(server.pid, server.url, flush=True)\n"
+        "    input()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert parent.stdout is not None
+    pid, url = parent.stdout.readline().decode().split()
+    folder = Path(url.removeprefix("unix://")).parent
+    assert folder.parent == tmp_path
+    with EmbeddedRedis():
+        assert folder.exists()
+        assert connect(url).ping()
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    until(lambda: not alive(int(pid)))
+    assert folder.exists()
+    with EmbeddedRedis():
+        assert not folder.exists()
+        assert foreign.exists()
+
+
 def test_without_a_binary_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     try:

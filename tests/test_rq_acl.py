@@ -44,6 +44,9 @@ def test_worker_and_producer_live_with_the_line(url, worker):
     with SyncClient(url) as client:
         assert client.generate("a b", max_tokens=2).text == "a b"
         assert {result.ok for result in client.submit(["a b"] * 40).results()} == {True}
+        # a queue that nobody serves
+        assert client.submit(["a b"] * 40, queue="idle").cancel() == 40
+    assert Queue("idle", connection=restricted, serializer="json").canceled_job_registry.count == 2
     queue = Queue(QUEUE, connection=restricted, serializer="json")
     first = queue.enqueue(GENERATE, "a b")
     second = queue.enqueue(GENERATE, "a b", depends_on=first)
