@@ -21,6 +21,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@# torch first, by exact version: whatever comes later then finds it there
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# what structured output needs, without triton (of many times the size), which only GPUs use
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps xgrammar apache-tvm-ffi
 	@touch $@
 
 demo: $(INSTALLED) ## Run the main job on the bundled toy model: 240 prompts, 2 workers of 2 stages

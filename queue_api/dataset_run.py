@@ -232,6 +232,7 @@ class DatasetRun:
                 errors=self.summary.errors,
                 completion_tokens=self.summary.completion_tokens,
                 elapsed_s=now - self._started_at,
+                resumed=self.summary.resumed,
             )
         )
 

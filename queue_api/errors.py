@@ -8,9 +8,12 @@
     * PartitionError: a partition plan that doesn't fit its model or devices
   * RequestError: one request is at fault; it becomes that request's result
     * InvalidRequestError
+    * UnsupportedRequestError
     * PromptTooLongError
+    * MaxTokensTooLargeError
     * DuplicateRequestError
     * RequestTooLargeError
+    * RequestOutOfMemoryError
   * RedisError: the Redis server can't be used
     * RedisUnavailableError
     * RedisAuthError
@@ -33,6 +36,7 @@ __all__ = [
     "EngineError",
     "GenerationFailedError",
     "InvalidRequestError",
+    "MaxTokensTooLargeError",
     "MissingExtraError",
     "ModelNotFoundError",
     "PartitionError",
@@ -43,10 +47,12 @@ __all__ = [
     "RedisServerError",
     "RedisUnavailableError",
     "RequestError",
+    "RequestOutOfMemoryError",
     "RequestTooLargeError",
     "RunIncompleteError",
     "RunNotFoundError",
     "UnsupportedModelError",
+    "UnsupportedRequestError",
 ]
 
 
@@ -84,10 +90,22 @@ class InvalidRequestError(RequestError):
     """A field is missing, unknown, of the wrong type or out of range."""
 
 
+class UnsupportedRequestError(RequestError):
+    """This worker lacks what the request asks for."""
+
+    code = "unsupported_request"
+
+
 class PromptTooLongError(RequestError):
-    """Prompt plus max_tokens doesn't fit the model's length or the KV cache."""
+    """The prompt leaves no room for a new token in the model's length or the KV cache."""
 
     code = "prompt_too_long"
+
+
+class MaxTokensTooLargeError(RequestError):
+    """The prompt fits, but prompt plus max_tokens doesn't."""
+
+    code = "max_tokens_too_large"
 
 
 class DuplicateRequestError(RequestError):
@@ -100,6 +118,12 @@ class RequestTooLargeError(RequestError):
     """The prompt or metadata exceeds the size that one request may have."""
 
     code = "request_too_large"
+
+
+class RequestOutOfMemoryError(RequestError):
+    """The worker's memory doesn't hold the request, even with no other beside it."""
+
+    code = "out_of_memory"
 
 
 class RedisError(BatchmillError):

@@ -38,6 +38,9 @@ OUTPUT_COLUMNS = (
     "text",
     "token_ids",
     "logprobs",
+    "prompt_logprobs",
+    "outputs",
+    "structured_output",
     "finish_reason",
     "usage",
     "timings",
@@ -89,9 +92,9 @@ class RowParser:
             columns = _load(line)
             self._warn_of_misspelt(columns)
             request = self._request(columns, index)
-            if (first := self._places.setdefault(request.id, index)) != index:
+            if (first := self._places.setdefault(request.id, number)) != number:
                 raise DuplicateRequestError(
-                    f"id {request.id!r} is that of row {first} too; ids are unique within a run"
+                    f"id {request.id!r} is that of line {first} too; ids are unique within a run"
                 )
         except RequestError as error:
             error = type(error)(f"line {number}: {error}")
@@ -108,8 +111,9 @@ class RowParser:
             for name, value in _with_text_id(columns).items()
             if name in REQUEST_COLUMNS and value is not None
         }
-        if isinstance(fields.get("logprobs"), list):
-            del fields["logprobs"]  # those of an output that is used as input again
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(fields.get(name), list):
+                del fields[name]  # those of an output that is used as input again
         if self.keep_columns:
             fields["metadata"] = {k: v for k, v in columns.items() if k not in REQUEST_COLUMNS}
             if isinstance(given, int):
@@ -152,6 +156,16 @@ def output_row(columns: Mapping[str, Any], result: GenerationResult) -> dict[str
         row["token_ids"] = result.token_ids
     if result.logprobs is not None:
         row["logprobs"] = [token.model_dump(mode="json") for token in result.logprobs]
+    if result.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [
+            token and token.model_dump(mode="json") for token in result.prompt_logprobs
+        ]
+    if result.outputs is not None:
+        row["outputs"] = [
+            output.model_dump(mode="json", exclude_none=True) for output in result.outputs
+        ]
+    if result.structured_output is not None:
+        row["structured_output"] = result.structured_output.value
     row["finish_reason"] = result.finish_reason.value
     row["usage"] = {
         "prompt_tokens": result.prompt_tokens,
@@ -186,7 +200,9 @@ def _load(line: bytes | None) -> dict[str, Any]:
     if line is None:
         raise InvalidRequestError(f"longer than {MAX_LINE_BYTES} bytes")
     try:
-        columns = json.loads(line, parse_constant=_no_constant, parse_float=_finite)
+        columns = json.loads(
+            line, parse_constant=_no_constant, parse_float=_finite, parse_int=_readable
+        )
     except RecursionError:
         raise InvalidRequestError("not readable: nested too deeply") from None
     except ValueError as error:
@@ -198,6 +214,13 @@ def _load(line: bytes | None) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} isn't a number that JSON knows")
+
+
+def _readable(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's guard against thousands of digits
+        raise ValueError(f"{text[:20]} is too large a number") from None
 
 
 def _finite(text: str) -> float:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from queue_api.structured_outputs import StructuredOutputs, from_response_format
+
 __all__ = ["SAMPLING_FIELDS", "WIRE", "SamplingParams", "TokenId", "own_names"]
 
 MAX_STOP_STRINGS = 16
@@ -14,11 +16,14 @@ MAX_STOP_CHARS = 512
 MAX_BAD_WORDS = 256
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 DEFAULT_MAX_TOKENS = 128
 
 
-def _as_list(value: object) -> object:
-    """Let one stop string stand for a list of one, as OpenAI and vLLM do."""
+def _as_texts(value: object) -> object:
+    """Let one text stand for a list of one, as OpenAI and vLLM do."""
+    if not isinstance(value, str | list | tuple):
+        raise ValueError("must be a text or a list of texts")
     return [value] if isinstance(value, str) else value
 
 
@@ -28,21 +33,28 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
-_ALIASES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+_ALIASES = {
+    "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
+    "num_return_sequences": "n",
+}
 """Names of `transformers.generate`, and ours for the same."""
 
 
 class SamplingParams(BaseModel):
     """How the next token is chosen and when to stop. Names and meanings are vLLM's.
 
-    Also understood are `max_new_tokens`, `stop_strings` and `do_sample` of
-    `transformers.generate`; what is kept and sent has the names below.
+    Also understood are `max_new_tokens`, `stop_strings`, `num_return_sequences` and `do_sample`
+    of `transformers.generate` and OpenAI's `response_format`; what is kept and sent has the names
+    below.
     """
 
     model_config = WIRE
 
     max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, lt=2**31, strict=True)
     """At most so many new tokens."""
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES, strict=True)
+    """So many samples, each a text of its own."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     """0 is greedy."""
     top_k: int = Field(default=0, ge=-1, strict=True)
@@ -52,7 +64,7 @@ class SamplingParams(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=2**63, strict=True)
     """Fixes the draw. Unset, it follows from the request's run and id, so a retry repeats it."""
     stop: Annotated[
-        list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOP_STRINGS)
+        list[_StopString], BeforeValidator(_as_texts), Field(max_length=MAX_STOP_STRINGS)
     ] = Field(default_factory=list)
     """Text that ends generation; it isn't part of the result's text."""
     stop_token_ids: list[TokenId] = Field(default=[], max_length=256)
@@ -74,16 +86,20 @@ class SamplingParams(BaseModel):
     logit_bias: dict[_TokenKey, _Bias] = Field(default={}, max_length=MAX_BIASES)
     """Added to the logits of these token ids."""
     bad_words: Annotated[
-        list[_StopString], BeforeValidator(_as_list), Field(max_length=MAX_BAD_WORDS)
+        list[_StopString], BeforeValidator(_as_texts), Field(max_length=MAX_BAD_WORDS)
     ] = []
     """Words that are not to be generated."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
     """Return each new token's log-probability and those of the so many likeliest tokens."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
+    """The same for each token of the prompt but the first."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form that the text must have."""
 
     @model_validator(mode="before")
     @classmethod
     def _translate(cls, data: object) -> object:
-        """Read the names of transformers."""
+        """Read the names of transformers and OpenAI."""
         if not isinstance(data, dict) or data.keys().isdisjoint(_FOREIGN):
             return data
         fields = dict(data)
@@ -92,6 +108,10 @@ class SamplingParams(BaseModel):
                 if name in fields:
                     raise ValueError(f"give '{name}' or its other name '{alias}', not both")
                 fields[name] = fields.pop(alias)
+        if (response_format := fields.pop("response_format", None)) is not None:
+            if fields.get("structured_outputs") is not None:
+                raise ValueError("give 'structured_outputs' or 'response_format', not both")
+            fields["structured_outputs"] = from_response_format(response_format)
         do_sample = fields.pop("do_sample", None)
         if not isinstance(do_sample, bool | None):
             raise ValueError(f"'do_sample' is {do_sample!r:.60}: must be a valid boolean")
@@ -102,7 +122,16 @@ class SamplingParams(BaseModel):
         return fields
 
     @model_validator(mode="after")
-    def _fewer_than_most(self) -> SamplingParams:
+    def _agree(self) -> SamplingParams:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"'n' is {self.n}: greedy samples are all the same, so give a temperature above 0"
+            )
+        if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError(
+                "'ignore_eos' and 'min_tokens' can't be with 'structured_outputs': "
+                "such a text ends where its form does"
+            )
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"'min_tokens' is {self.min_tokens}: must be at most max_tokens, {self.max_tokens}"
@@ -110,7 +139,7 @@ class SamplingParams(BaseModel):
         return self
 
 
-_FOREIGN = frozenset({*_ALIASES, "do_sample"})
+_FOREIGN = frozenset({*_ALIASES, "do_sample", "response_format"})
 SAMPLING_FIELDS = frozenset({*SamplingParams.model_fields, *_FOREIGN})
 """Every name of a sampling field that is understood."""
 

@@ -6,12 +6,15 @@ torch, so the engine may use it as well as the client.
 
 from __future__ import annotations
 
+import json
+import sys
 from enum import StrEnum
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,15 +25,19 @@ from pydantic_core import to_json
 
 from queue_api.errors import GenerationFailedError, InvalidRequestError, RequestError
 from queue_api.sampling import WIRE, SamplingParams, TokenId
+from queue_api.structured_outputs import StructuredOutputs
 
 __all__ = [
     "ChatMessage",
+    "CompletionOutput",
     "ErrorDetail",
     "FinishReason",
     "GenerationRequest",
     "GenerationResult",
     "JobTimings",
     "SamplingParams",
+    "StructuredOutputStatus",
+    "StructuredOutputs",
     "TokenLogprob",
     "TokenLogprobs",
     "describe",
@@ -40,6 +47,8 @@ MAX_ID_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_PROMPT_CHARS = 4 * 2**20
 MAX_METADATA_BYTES = 256 * 2**10
+MAX_DIGITS = sys.int_info.default_max_str_digits
+"""Of an integer that Python reads as JSON."""
 
 
 class FinishReason(StrEnum):
@@ -55,13 +64,30 @@ class FinishReason(StrEnum):
     """Cancelled by a client."""
 
 
+class StructuredOutputStatus(StrEnum):
+    """Whether a text has the form that its request asks for."""
+
+    VALID = "valid"
+    TRUNCATED = "truncated"
+    """It ended too early, but can be continued to one that is valid."""
+    INVALID = "invalid"
+
+
+def _one_text(content: object) -> object:
+    if isinstance(content, list):
+        raise ValueError(
+            "must be one text; of OpenAI's content parts only text is taken, joined by you"
+        )
+    return content
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation, to be rendered by the model's chat template."""
 
     model_config = WIRE
 
     role: str = Field(min_length=1, max_length=64)
-    content: str = Field(max_length=MAX_PROMPT_CHARS)
+    content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
 
 
 class GenerationRequest(BaseModel):
@@ -94,11 +120,21 @@ class GenerationRequest(BaseModel):
     def _can_come_back(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         """What can't be written into the result is refused here, not found out afterwards."""
         try:
-            size = len(to_json(metadata)) if metadata else 0
+            as_json = to_json(metadata) if metadata else b""
         except ValueError as error:
             raise ValueError(f"can't be written as JSON ({str(error)[:80]})") from None
-        if size > MAX_METADATA_BYTES:
-            raise ValueError(f"takes {size} bytes as JSON; the limit is {MAX_METADATA_BYTES}")
+        if len(as_json) > MAX_METADATA_BYTES:
+            raise ValueError(
+                f"takes {len(as_json)} bytes as JSON; the limit is {MAX_METADATA_BYTES}"
+            )
+        if len(as_json) > MAX_DIGITS:
+            try:
+                json.loads(as_json)
+            except ValueError:
+                # it would make the whole job unreadable
+                raise ValueError(
+                    f"can't be written as JSON (an integer of more than {MAX_DIGITS} digits)"
+                ) from None
         return metadata
 
     @model_validator(mode="after")
@@ -185,6 +221,19 @@ class TokenLogprobs(TokenLogprob):
     """As many as asked for, the likeliest first."""
 
 
+class CompletionOutput(BaseModel):
+    """One of several samples; the name and the fields are vLLM's."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    index: int
+    text: str = ""
+    token_ids: list[int] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    structured_output: StructuredOutputStatus | None = None
+    finish_reason: FinishReason
+
+
 class GenerationResult(BaseModel):
     """The one terminal result of a request."""
 
@@ -198,9 +247,16 @@ class GenerationResult(BaseModel):
     token_ids: list[int] | None = None
     logprobs: list[TokenLogprobs] | None = None
     """One per new token, if asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One per token of the prompt, if asked for; None for the first, which follows nothing."""
+    outputs: list[CompletionOutput] | None = None
+    """All samples, if `n` asked for several; `text` and the like are the first's then."""
+    structured_output: StructuredOutputStatus | None = None
+    """Whether the text has the form that `structured_outputs` asked for, if it did."""
     finish_reason: FinishReason
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    """Of all samples."""
     model: str | None = None
     model_revision: str | None = None
     worker: str | None = None
@@ -265,7 +321,17 @@ def _field_name(location: tuple[int | str, ...]) -> str:
 
 
 MAX_SHOWN_CHARS = 80
-_SHORT = Repr()
+
+
+class _ShortRepr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python's guard, with advice that isn't for users
+            return f"a number of more than {MAX_DIGITS} digits"
+
+
+_SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
 """pydantic's names of the branches of a union, where they look like fields."""

@@ -56,6 +56,8 @@ class Progress:
     completion_tokens: int
     """Of this process's time only, so that tokens per second are true."""
     elapsed_s: float
+    resumed: int = 0
+    """How many of the rows done are of an earlier run."""
 
 
 @dataclass

@@ -95,6 +95,7 @@ def test_sampling_fields_of_a_row_go_before_the_defaults() -> None:
         ('"text"', "line 1: not an object"),
         ('{"prompt": "a", "x": NaN}', "line 1: not JSON: NaN"),
         ('{"prompt": "a", "x": 1e999}', "too large a number"),
+        ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "JSON: 1{20} is too large a number$"),
         ("[" * 100_000, "line 1: not"),
         (b"\xff\xfe\xfd", "line 1: not JSON"),
         ('{"id": "a"}', "either 'prompt' or 'messages'"),
@@ -124,7 +125,7 @@ def test_a_wrong_row_says_what_is_wrong_and_the_next_is_fine(
 def test_an_id_used_twice_names_the_first() -> None:
     rows = parse('{"id": 1, "prompt": "a"}', '{"id": "1", "prompt": "a"}', '{"prompt": "a"}')
     assert isinstance(rows[0].request, GenerationRequest)
-    assert "id '1' is that of row 0 too" in str(rows[1].request)
+    assert "id '1' is that of line 1 too" in str(rows[1].request)
     assert isinstance(rows[2].request, GenerationRequest)
 
 
