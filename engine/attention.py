@@ -5,8 +5,9 @@ cache of its own; the mask function hands each layer a `MaskRule` in place of a 
 attention function finds the stage's cache and the batch's layout in a thread-local, writes the
 new K and V, and attends sequence by sequence over past and present.
 
-Sequence by sequence is the fast way on a CPU: no padding is computed, and each call reads one
-contiguous range of the head-major pool. On CUDA the same calls run, correct but launch-bound.
+Sequence by sequence is the fast way on a CPU for prompts: no padding is computed, and each call
+reads one contiguous range of the head-major pool. Single new tokens go through one compiled call
+for all sequences where there is one. On CUDA the calls are SDPA's, correct but launch-bound.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.batch import ForwardBatch
 from engine.kv_cache import KVPool, KVShape
+from engine.native_attention import DecodeAttention, decode_attention
 from queue_api.errors import UnsupportedModelError
 
 __all__ = ["ATTENTION_NAME", "AttentionCall", "MaskRule", "attending"]
@@ -146,12 +148,32 @@ class _Span:
     mask: torch.Tensor | None  # [count, L], 0 or -inf
 
 
-def _spans(call: AttentionCall, rule: MaskRule, query: torch.Tensor) -> list[_Span]:
-    """The batch's spans under `rule`: made once per batch, then shared by all layers."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a batch is attended to under one mask rule."""
+
+    spans: list[_Span]
+    longer: list[_Span]
+    """Those of more than one new token."""
+    singles: torch.Tensor
+    """Those of one, [n, 3] int64: the packed token, its first slot, the slot after its last."""
+
+
+def _plan(call: AttentionCall, rule: MaskRule, query: torch.Tensor) -> _Plan:
+    """The batch's plan under `rule`: made once per batch, then shared by all layers."""
     key = (rule, query.device, query.dtype)
-    spans = cast(list[_Span] | None, call.batch.plans.get(key))
-    if spans is not None:
-        return spans
+    plan = cast(_Plan | None, call.batch.plans.get(key))
+    if plan is None:
+        spans = _spans(call, rule, query)
+        longer = [span for span in spans if span.end - span.start > 1]
+        singles = [(s.start, s.first_slot, s.end_slot) for s in spans if s.end - s.start == 1]
+        rows = torch.tensor(singles, dtype=torch.int64).reshape(-1, 3)
+        plan = call.batch.plans[key] = _Plan(spans, longer, rows)
+    return plan
+
+
+def _spans(call: AttentionCall, rule: MaskRule, query: torch.Tensor) -> list[_Span]:
+    """All of the batch's spans under `rule`, in the order of its segments."""
     spans = []
     for segment in call.batch.segments:
         start, count, past = segment.start, segment.count, segment.past
@@ -167,7 +189,6 @@ def _spans(call: AttentionCall, rule: MaskRule, query: torch.Tensor) -> list[_Sp
         spans.append(
             _Span(start, start + count, base + first_key, base + past + count, causal, mask)
         )
-    call.batch.plans[key] = spans
     return spans
 
 
@@ -208,7 +229,14 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     _, num_heads, num_tokens, _ = query.shape
     out = query.new_empty(num_tokens, num_heads, value.shape[3])  # [T, H, D]
-    for span in _spans(call, attention_mask, query):
+    plan = _plan(call, attention_mask, query)
+    spans = plan.spans
+    plain = len(plan.singles) > 0 and softcap is None and sinks is None
+    takes = plain and DecodeAttention.takes(query[0], keys, values)
+    if takes and (decode := decode_attention()):
+        decode(query[0], keys, values, out, plan.singles, scale)
+        spans = plan.longer
+    for span in spans:
         k = keys[:, span.first_slot : span.end_slot]
         v = values[:, span.first_slot : span.end_slot]
         q = query[0, :, span.start : span.end]

@@ -1,0 +1,129 @@
+/* Attention of single new tokens over the KV pool, all sequences of a batch in one call.
+ *
+ * engine/native_attention.py compiles this once per machine and calls it through ctypes; it has
+ * checked every shape, stride and bound that is relied on here. All arrays are float32; strides
+ * and sizes count floats. Softmax in two passes: all scores of a head's group are kept.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* e^x for x <= 0, to within 2 units in the last place: Cephes' expf, which vectorizes. */
+static inline float exp_negative(float x)
+{
+    x = x < -87.0f ? -87.0f : x;
+    float n = (float)(int32_t)(x * 1.44269504f - 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
+    return p * power.f;
+}
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float dot(const float *a, const float *b, int64_t n)
+{
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+/* Scores to weights, in place; returns their sum. */
+static float weigh(float *scores, int64_t length)
+{
+    float top = scores[0], sum = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < length; j++)
+        top = scores[j] > top ? scores[j] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < length; j++) {
+        scores[j] = exp_negative(scores[j] - top);
+        sum += scores[j];
+    }
+    return sum;
+}
+
+/* One KV head of one sequence: `group` queries over `length` keys. */
+INLINE void attend_head(const float *q, int64_t q_head, const float *k, const float *v,
+                        float *out, int64_t group, int64_t length, int64_t key_size,
+                        int64_t value_size, float scale, float *scores)
+{
+    for (int64_t j = 0; j < length; j++) {
+        for (int64_t i = 0; i < key_size; i += 16)
+            __builtin_prefetch(k + (j + 24) * key_size + i);
+        for (int64_t g = 0; g < group; g++)
+            scores[g * length + j] = scale * dot(q + g * q_head, k + j * key_size, key_size);
+        for (int64_t i = 0; i < value_size; i += 16)
+            __builtin_prefetch(v + j * value_size + i, 0, 2);
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float *weights = scores + g * length, *sum = out + g * value_size;
+        float inverse = 1.0f / weigh(weights, length);
+        memset(sum, 0, value_size * sizeof(float));
+        for (int64_t j = 0; j < length; j++)
+            weights[j] *= inverse;
+        int64_t j = 0;
+        for (; j + 4 <= length; j += 4) {
+            const float *w = weights + j, *a = v + j * value_size;
+            const float *b = a + value_size, *c = b + value_size, *d = c + value_size;
+#pragma omp simd
+            for (int64_t i = 0; i < value_size; i++)
+                sum[i] += w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i];
+        }
+        for (; j < length; j++) {
+            const float *a = v + j * value_size;
+#pragma omp simd
+            for (int64_t i = 0; i < value_size; i++)
+                sum[i] += weights[j] * a[i];
+        }
+    }
+}
+
+/* q: [H, T, D] with strides q_head and q_token. k, v: [Hkv, S, D] and [Hkv, S, Dv], contiguous.
+ * out: [T, H, Dv], contiguous. spans: [n, 3], each a token's row, its first slot and the slot
+ * after its last. Returns 0, or 1 when there is no memory for the scores. */
+int attend_decodes(const float *q, int64_t q_head, int64_t q_token, const float *k,
+                   const float *v, float *out, int64_t num_kv_heads, int64_t group,
+                   int64_t num_slots, int64_t key_size, int64_t value_size, float scale,
+                   const int64_t *spans, int64_t num_spans, int64_t longest, int num_threads)
+{
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+    {
+        float *scores = malloc(group * longest * sizeof(float));
+        if (!scores) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t task = 0; task < num_spans * num_kv_heads; task++) {
+            const int64_t *span = spans + 3 * (task / num_kv_heads);
+            int64_t head = task % num_kv_heads, slot = head * num_slots + span[1];
+            const float *query = q + head * group * q_head + span[0] * q_token;
+            const float *key = k + slot * key_size, *value = v + slot * value_size;
+            float *sum = out + (span[0] * num_kv_heads + head) * group * value_size;
+            int64_t length = span[2] - span[1];
+            if (!scores)
+                continue;
+            /* Sizes that the compiler knows are unrolled. */
+            if (key_size == 64 && value_size == 64)
+                attend_head(query, q_head, key, value, sum, group, length, 64, 64, scale, scores);
+            else if (key_size == 128 && value_size == 128)
+                attend_head(query, q_head, key, value, sum, group, length, 128, 128, scale, scores);
+            else
+                attend_head(query, q_head, key, value, sum, group, length, key_size, value_size,
+                            scale, scores);
+        }
+        free(scores);
+    }
+    return failed;
+}
