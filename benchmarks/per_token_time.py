@@ -1,9 +1,10 @@
-"""Whether a token costs more the longer the text is: late steps against early ones.
+"""Whether a token costs more the longer the text is: the 2,000th new token against the 100th.
 
-A ratio near 1 says that nothing grows with the text but the attention itself: no cache is copied,
-concatenated or moved from step to step. Attention reads the whole cache, so its share does grow;
-the table gives the bytes that a step reads, weights and cache, and the ratio they would explain.
-The model has to be large enough that its step isn't mostly Python.
+A decode step of one text reads each weight and the text's whole cache once, so bytes read say by
+how much a step has to grow. What grows beyond that would be something copied, concatenated or moved
+from step to step. Times are the process's CPU time on one thread, which a machine with other
+programs on it disturbs less than the clock; each is the median of a window of steps, and the ratio
+the median of several texts' ratios.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from random_llama import VOCAB_SIZES, random_llama, random_prompt
@@ -21,41 +24,70 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from queue_api.schemas import GenerationRequest, SamplingParams
 
+WINDOW = 50
+"""Steps around a place in the text whose median counts."""
+
+
+@dataclass(frozen=True)
+class BytesRead:
+    """What a decode step of one text reads."""
+
+    weights: int
+    """The embedding excepted, of which it is one row."""
+    slot: int
+    """Of the cache, for one token of the text."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> BytesRead:
+        models = [stage.model for stage in engine.stages]
+        embedding = models[0].get_input_embeddings()
+        weights = sum(p.numel() * p.element_size() for m in models for p in m.parameters())
+        embedded = sum(p.numel() * p.element_size() for p in embedding.parameters())
+        return cls(weights - embedded, sum(stage.slot_bytes for stage in engine.stages))
+
+    def at(self, num_tokens: int) -> int:
+        return self.weights + self.slot * num_tokens
+
 
 def step_times(engine: Engine, prompt: list[int], new: int) -> list[float]:
-    """Seconds of each decode step."""
+    """CPU seconds of the step of each new token, the prompt's first."""
     params = SamplingParams(max_tokens=new, ignore_eos=True)
     engine.add("r", GenerationRequest(id="r", prompt=prompt, sampling=params))
     steps = []
     while engine.has_unfinished():
-        started = time.perf_counter()
+        started = time.process_time()
         engine.step()
-        steps.append(time.perf_counter() - started)
-    return steps[1:]
+        steps.append(time.process_time() - started)
+    return steps
 
 
-def measure(folder: Path, prompt: list[int], lengths: list[int]) -> Table:
-    engine = Engine.load(EngineConfig(str(folder), max_num_seqs=1))
+def measure(folder: Path, prompt: list[int], places: Sequence[int], num_texts: int) -> Table:
+    """A row per place in the text: milliseconds and bytes, and both over the first place's."""
+    config = EngineConfig(str(folder), max_num_seqs=1, num_threads=1, kv_cache_tokens=4096)
+    engine = Engine.load(config)
     step_times(engine, prompt, 20)
-    weights = sum(p.nbytes for stage in engine.stages for p in stage.model.parameters())
-    slot = sum(stage.slot_bytes for stage in engine.stages)
-    table = Table(title=f"one text, {len(prompt)} prompt tokens, medians of each fifth")
-    for column in ("new tokens", "early (ms)", "late (ms)", "late / early", "by bytes read"):
-        table.add_column(column, justify="right")
-    for new in lengths:
-        steps = step_times(engine, prompt, new)
-        fifth = len(steps) // 5
-        early, late = statistics.median(steps[:fifth]), statistics.median(steps[-fifth:])
-        bytes_early = weights + slot * (len(prompt) + new // 10)
-        bytes_late = weights + slot * (len(prompt) + new - new // 10)
-        table.add_row(
-            str(new),
-            f"{1e3 * early:.2f}",
-            f"{1e3 * late:.2f}",
-            f"{late / early:.2f}",
-            f"{bytes_late / bytes_early:.2f}",
-        )
+    bytes_read = BytesRead.of(engine)
+    texts = []
+    for _ in range(num_texts):
+        steps = step_times(engine, prompt, max(places) + WINDOW // 2)
+        windows = [steps[place - WINDOW // 2 : place + WINDOW // 2] for place in places]
+        texts.append([statistics.median(window) for window in windows])
     engine.close()
+    table = Table(title=f"one text, {len(prompt)} prompt tokens, one thread, {num_texts} texts")
+    for column in ("new tokens", "CPU ms", "of the first", "lowest, highest", "MB", "by bytes"):
+        table.add_column(column, justify="right")
+    first = bytes_read.at(len(prompt) + places[0])
+    for i, place in enumerate(places):
+        ratios = [text[i] / text[0] for text in texts]
+        needed = bytes_read.at(len(prompt) + place)
+        table.add_row(
+            f"{place:,}",
+            f"{1e3 * statistics.median(text[i] for text in texts):.2f}",
+            f"{statistics.median(ratios):.3f}",
+            f"{min(ratios):.3f}, {max(ratios):.3f}",
+            f"{needed / 1e6:.1f}",
+            f"{needed / first:.3f}",
+        )
     return table
 
 
@@ -63,11 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["M1", "M2"], default="M1")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[50, 500])
+    parser.add_argument("--at", type=int, nargs="+", default=[100, 500, 1000, 2000])
+    parser.add_argument("--texts", type=int, default=5)
     args = parser.parse_args()
+    if min(args.at) < WINDOW or max(args.at) + args.prompt_tokens + WINDOW > 4096:
+        parser.error(f"--at wants tokens between {WINDOW} and {4096 - args.prompt_tokens - WINDOW}")
     prompt = random_prompt(args.prompt_tokens, 0, VOCAB_SIZES[args.model])
     with random_llama(args.model) as folder:
-        Console().print(measure(folder, prompt, args.new_tokens))
+        Console().print(measure(folder, prompt, args.at, args.texts))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.kv_cache import CacheCopy
 from engine.sequence import Sequence
 
 __all__ = ["ForwardBatch", "Segment"]
@@ -40,11 +41,16 @@ class ForwardBatch:
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor | None  # [T] int64, where K and V go; None: without a cache
-    logit_rows: torch.Tensor  # [B] int64, the packed tokens whose logits are due
+    logit_rows: torch.Tensor
+    """[B + N] int64, the packed tokens whose logits are due: those of `due`, then of `scored`."""
     sequences: list[Sequence]
     """All sequences in the batch, in the order of `segments`."""
     due: list[Sequence]
     """Those that get a new token, in the order of `logit_rows`."""
+    scored: list[tuple[Sequence, range]] = field(default_factory=list)
+    """Those that want logits of their prompt, and the places in it whose logits come."""
+    copies: list[CacheCopy] = field(default_factory=list)
+    """What each stage copies within its pool before it runs the batch."""
     stage_s: list[float] = field(default_factory=list)
     """Time in each stage so far; filled by the pipeline."""
     _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = field(
@@ -77,6 +83,8 @@ class ForwardBatch:
         Without a cache a sequence's whole text is packed, whatever `count` says.
         """
         segments, sequences, due, rows, ids, positions, slots = [], [], [], [], [], [], []
+        scored: list[tuple[Sequence, range]] = []
+        scored_rows: list[int] = []
         start = 0
         for sequence, pending in work:
             past = sequence.num_cached if use_cache else 0
@@ -87,6 +95,12 @@ class ForwardBatch:
             ids.append(sequence.token_ids[past:end])
             positions.append(np.arange(past, end))
             slots.append(np.arange(sequence.first_slot + past, sequence.first_slot + end))
+            if sequence.prompt_logprobs is not None:
+                known = len(sequence.prompt_logprobs)
+                places = range(max(past, known), min(end, sequence.num_prompt - 1))
+                if places:
+                    scored.append((sequence, places))
+                    scored_rows += [start + place - past for place in places]
             start += count
             if end == sequence.num_tokens:
                 due.append(sequence)
@@ -96,7 +110,9 @@ class ForwardBatch:
             token_ids=torch.from_numpy(np.concatenate(ids)),
             positions=torch.from_numpy(np.concatenate(positions)),
             slots=torch.from_numpy(np.concatenate(slots)) if use_cache else None,
-            logit_rows=torch.tensor(rows, dtype=torch.long),
+            logit_rows=torch.tensor(rows + scored_rows, dtype=torch.long),
             sequences=sequences,
             due=due,
+            scored=scored,
+            copies=[s.copy for s in sequences if s.copy is not None],
         )

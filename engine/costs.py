@@ -70,7 +70,7 @@ class StepSpeed:
     flops_per_s: float
     """Of matrix products with as many rows as the step has tokens."""
     op_s: float
-    """One elementwise operation on [T, E]."""
+    """One elementwise operation on [T, E], and a layer's Python in as many parts."""
     attention_s: float
     """Attention of one layer, the cache included."""
 
@@ -180,9 +180,16 @@ class CostModel:
 
     def layer_s(self, device: str, step: Step, layer: int) -> float:
         speed = self.speeds[device].at(step)
-        widths = LAYER_OPS + _WIDE_OPS * self.sizes.intermediate_size / self.sizes.hidden_size
         product_s = self._product_s(device, step, self.sizes.layers[layer], step.num_tokens)
-        return product_s + widths * speed.op_s + speed.attention_s
+        return product_s + self._layer_ops * speed.op_s + speed.attention_s
+
+    @property
+    def _layer_ops(self) -> float:
+        return LAYER_OPS + _WIDE_OPS * self.sizes.intermediate_size / self.sizes.hidden_size
+
+    def num_ops(self, stage: StageSpec) -> float:
+        """Elementwise operations in a stage, those of another width counted by it."""
+        return stage.num_layers * self._layer_ops + STAGE_OPS
 
     def first_s(self, device: str, step: Step) -> float:
         """The embedding: a look-up of a row per token."""

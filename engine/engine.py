@@ -23,31 +23,41 @@ from engine.config import EngineConfig
 from engine.costs import CostModel, plan_model
 from engine.kv_cache import SlotAllocator
 from engine.logits import LogitsChange
-from engine.logprobs import described, logprobs_of
+from engine.logprobs import described, logprobs_of, note_prompt_logprobs
 from engine.memory import fitting_slots
+from engine.metrics import EngineMetrics
+from engine.out_of_memory import BatchBudget, BatchOutOfMemoryError
 from engine.partition import PartitionPlan, plan_partition
 from engine.pipeline import InlinePipeline, Pipeline, ThreadedPipeline
+from engine.prefix_cache import PrefixCache
 from engine.sampler import NO_TOKEN, choose_tokens
+from engine.samples import SampleGroups
 from engine.scheduler import Scheduler
 from engine.sequence import Completion, seed_from_key
 from engine.sequence import Sequence as Text
 from engine.sizes import ModelSizes
 from engine.slicing import load_config, resolve_dtype
 from engine.stage import Stage
+from engine.structured import Forms
 from engine.tokenizer import Tokenizer
 from queue_api.errors import (
     ConfigurationError,
     DuplicateRequestError,
     EngineError,
     InvalidRequestError,
+    MaxTokensTooLargeError,
     PromptTooLongError,
+    RequestOutOfMemoryError,
     UnsupportedModelError,
 )
-from queue_api.schemas import FinishReason, GenerationRequest
+from queue_api.schemas import FinishReason, GenerationRequest, TokenLogprobs
 
 __all__ = ["Engine", "check_devices", "length_limit"]
 
 logger = logging.getLogger(__name__)
+
+_FORM_WAIT_S = 0.02
+"""How long a step without other work waits for a form: the caller may have more."""
 
 
 class Engine:
@@ -75,14 +85,23 @@ class Engine:
         for stage in stages:
             stage.allocate(slots)
         self.pipeline = _make_pipeline(config, stages)
+        allocator = SlotAllocator(slots)
+        self._prefixes = PrefixCache(allocator) if _shares_prefixes(config, stages) else None
         self.scheduler = Scheduler(
-            SlotAllocator(slots),
+            allocator,
             max_num_seqs=config.max_num_seqs,
             max_batch_tokens=config.max_batch_tokens,
             num_groups=self.pipeline.capacity,
             use_cache=config.use_cache,
+            prefixes=self._prefixes,
         )
+        self.metrics = EngineMetrics()
+        self._budget = BatchBudget(config.max_batch_tokens)
         self._texts: dict[str, Text] = {}
+        self._samples = SampleGroups()
+        self._forms = Forms(tokenizer)
+        self._formless: dict[str, Text] = {}
+        """Those whose form is being compiled; the scheduler doesn't have them yet."""
         self._ended: list[Completion] = []
         self._num_added = 0
         self._is_closed = False
@@ -135,12 +154,13 @@ class Engine:
 
         :param generated: new tokens that an earlier run of the same request has produced; they
             are read in, counted and kept, and generation goes on behind them (a request that
-            wants logprobs begins anew: those of the tokens aren't known any more)
+            wants logprobs begins anew: those of the tokens aren't known any more; so does one
+            of several samples)
         :param seed_key: what the seed follows from if the request names none; `key` by default
         :raises RequestError: what is wrong with this request; nothing is queued then
         """
         self._require_open()
-        if key in self._texts:
+        if key in self._texts or key in self._samples:
             raise DuplicateRequestError(f"a request with key {key!r} is already here")
         prompt = self.tokenizer.encode(request)
         sampling = request.sampling
@@ -149,34 +169,77 @@ class Engine:
             raise InvalidRequestError(
                 f"resumed with {len(generated)} tokens, max_tokens is {sampling.max_tokens}"
             )
-        if sampling.logprobs is not None:
+        self.tokenizer.check_vocabulary(generated, "the partial text")
+        logprobs = (sampling.logprobs, sampling.prompt_logprobs)
+        if logprobs != (None, None) or sampling.n > 1:
             generated = ()  # their logits are gone; the same text is made again, with them
         seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
-        text = Text.create(
-            key,
-            self._num_added,
-            prompt,
-            generated,
-            sampling,
-            seed=seed,
-            added_at=time.perf_counter(),
-            num_stages=len(self.stages),
-            change=LogitsChange.of(sampling, self.tokenizer),
-        )
-        self._num_added += 1
-        if generated and (ending := self._ending(text)):
+        change = LogitsChange.of(sampling, self.tokenizer)
+        if sampling.structured_outputs is not None:
+            self._forms.order(sampling.structured_outputs)
+        keys = [key] if sampling.n == 1 else self._samples.open(key, sampling.n)
+        for sample, sample_key in enumerate(keys):
+            text = Text.create(
+                sample_key,
+                self._num_added,
+                prompt,
+                generated,
+                sampling,
+                seed=seed,
+                sample=sample,
+                added_at=time.perf_counter(),
+                num_stages=len(self.stages),
+                change=change,
+            )
+            self._num_added += 1
+            self._queue(text)
+
+    def _queue(self, text: Text) -> None:
+        if text.sampling.structured_outputs is not None and text.form is None:
+            self._texts[text.key] = self._formless[text.key] = text
+            return
+        if text.num_generated and (ending := self._ending(text)):
             self._ended.append(self._complete(text, *ending))
             return
-        self._texts[key] = text
+        self._texts[text.key] = text
         self.scheduler.add(text)
+
+    def _take_formed(self) -> list[Completion]:
+        """Queue the texts whose form is there, and end those whose form is wrong."""
+        failed = []
+        for key, text in list(self._formless.items()):
+            outputs = text.sampling.structured_outputs
+            assert outputs is not None
+            try:
+                if (form := self._forms.get(outputs)) is None:
+                    continue
+            except InvalidRequestError as error:
+                del self._formless[key], self._texts[key]
+                failed.append(self._complete(text, FinishReason.ERROR, 0, error))
+                continue
+            text.form = form.begin()
+            try:
+                text.form.accept(text.generated())
+            except InvalidRequestError as error:
+                logger.warning("%s begins anew: its partial text is refused: %s", key, error)
+                text.num_tokens, text.form = text.num_prompt, form.begin()
+            del self._formless[key], self._texts[key]
+            self._queue(text)
+        if not failed and len(self._formless) == len(self._texts):
+            self._forms.wait(_FORM_WAIT_S)  # nothing else to do
+        return failed
 
     def cancel(self, key: str) -> bool:
         """Drop a request; it gets no completion. False if it isn't here (any more)."""
+        if key in self._samples:
+            for sample in self._samples.drop(key):
+                self.cancel(sample)
+            return True
         text = self._texts.pop(key, None)
         if text is None:
             return False
         text.is_cancelled = True
-        if not text.in_flight:
+        if self._formless.pop(key, None) is None and not text.in_flight:
             self._remove(text)
         return True
 
@@ -186,18 +249,29 @@ class Engine:
         :raises EngineError: if a stage or its device failed; the engine can't go on
         """
         self._require_open()
-        ended, self._ended = self._ended, []
+        failed = self._take_formed() if self._formless else []
+        ended, self._ended = self._ended + failed, []
         now = time.perf_counter()
         for text in self.scheduler.admit():
             text.admitted_at = now
+            self.metrics.prompt_tokens += text.num_tokens
         while self.pipeline.num_in_flight < self.pipeline.capacity:
             work = self.scheduler.schedule()
             if not work:
                 break
             self.pipeline.submit(ForwardBatch.pack(work, use_cache=self.config.use_cache))
         if self.pipeline.num_in_flight:
-            batch, logits = self.pipeline.collect()
-            ended += self._advance(batch, logits)
+            try:
+                batch, logits = self.pipeline.collect()
+            except BatchOutOfMemoryError as error:
+                ended += self._take_back(error)
+            else:
+                self._budget.went_well()
+                self.scheduler.max_batch_tokens = self._budget.tokens
+                ended += self._advance(batch, logits)
+        ended, useless = self._samples.gather(ended)
+        for key in useless:
+            self.cancel(key)
         return ended
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -218,12 +292,19 @@ class Engine:
             done.update((completion.key, completion) for completion in self.step())
         return [done[key] for key in keys]
 
+    def reset_prefix_cache(self) -> None:
+        """Forget the caches of texts that have ended; those that run stay."""
+        if self._prefixes is not None:
+            self._prefixes.clear()
+
     def close(self) -> None:
         """Stop the stages' threads and let go of weights and cache; requests are dropped."""
         self._is_closed = True
         self.pipeline.close()
         self.stages = ()
         self._texts.clear()
+        self._formless.clear()
+        self._samples.clear()
         self._ended.clear()
 
     def _require_open(self) -> None:
@@ -243,30 +324,39 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting)
+        return len(self.scheduler.waiting) + len(self._formless)
+
+    def describe_work(self) -> str:
+        """The metrics in a line for the log."""
+        return str(self.metrics)
 
     def num_free_seqs(self) -> int:
         """How many more requests could run at once, as far as places go."""
         return max(0, self.config.max_num_seqs - self.num_running - self.num_waiting)
 
     def progress(self) -> Mapping[str, tuple[int, ...]]:
-        """New tokens so far of each running request, for checkpoints."""
+        """New tokens so far of each running request of one sample, for checkpoints."""
         return {
             text.key: tuple(text.generated())
             for text in self.scheduler.running
-            if not text.is_cancelled
+            if not text.is_cancelled and not self._samples.is_sample(text.key)
         }
 
     # -------------------------------------------------------------------------------- a round
 
     def _advance(self, batch: ForwardBatch, logits: torch.Tensor) -> list[Completion]:
         """Take in a micro-batch that came back: note what it computed, choose tokens, end texts."""
+        self.metrics.computed_tokens += batch.num_tokens
+        self.metrics.cached_prompt_tokens += sum(copy.length for copy in batch.copies)
         share = [seconds / len(batch.sequences) for seconds in batch.stage_s]
         for segment, text in zip(batch.segments, batch.sequences, strict=True):
             self.scheduler.computed(text, segment.count)
             text.stage_s = [a + b for a, b in zip(text.stage_s, share, strict=True)]
             if text.is_cancelled:
                 self._remove(text)
+        if batch.scored:
+            note_prompt_logprobs(logits[len(batch.due) :], batch.scored)
+            logits = logits[: len(batch.due)]
         tokens = choose_tokens(logits, batch.due) if batch.due else []
         chosen = logprobs_of(logits, tokens, batch.due)
         now = time.perf_counter()
@@ -286,10 +376,41 @@ class Engine:
                 ended.append(self._end(text, *ending))
         return ended
 
+    def _take_back(self, error: BatchOutOfMemoryError) -> list[Completion]:
+        """Let a micro-batch's texts run again in smaller ones, or end one that was alone in it.
+
+        Slots that the micro-batch wrote to are written again with the same; a cache outside the
+        pool may have grown in some layers only, so its text is computed from its start.
+        """
+        batch = error.batch
+        alone = len(batch.segments) == 1
+        too_large = alone and (batch.num_tokens == 1 or not self.config.use_cache)
+        ended = []
+        for text in batch.sequences:
+            self.scheduler.take_back(text)
+            if any(stage.mode != "packed" for stage in self.stages):
+                text.num_cached = 0
+                self.pipeline.release(text.number)
+            if text.is_cancelled:
+                self._remove(text)
+            elif too_large:
+                problem = RequestOutOfMemoryError(
+                    f"no memory for one text of {text.num_tokens} tokens, even alone: {error}"
+                )
+                ended.append(self._end(text, FinishReason.ERROR, error=problem))
+        if not too_large:
+            self._budget.shrink(batch.num_tokens, str(error))
+            self.scheduler.max_batch_tokens = self._budget.tokens
+        if any(stage.device.type == "cuda" for stage in self.stages):
+            torch.cuda.empty_cache()  # what is free, but in pieces
+        return ended
+
     def _append(self, text: Text, token: int, now: float) -> tuple[FinishReason, int | None] | None:
         if token == NO_TOKEN:
             raise ArithmeticError("the model's logits are not numbers, or no token is allowed")
         text.append(token)
+        if text.form is not None:
+            text.form.accept([token])
         if text.first_token_at is None:
             text.first_token_at = now
         return self._ending(text)
@@ -301,6 +422,8 @@ class Engine:
         if last in sampling.stop_token_ids:
             return FinishReason.STOP, None
         if not sampling.ignore_eos and last in self.tokenizer.eos_token_ids:
+            return FinishReason.STOP, None
+        if text.form is not None and text.form.is_over:
             return FinishReason.STOP, None
         if sampling.stop and text.num_generated > sampling.min_tokens:
             place = self.tokenizer.find_stop(text.generated(), sampling.stop, sampling.min_tokens)
@@ -333,15 +456,18 @@ class Engine:
         error: BaseException | None = None,
     ) -> Completion:
         tokens = text.generated()
+        words = "" if stop_place == 0 else self.tokenizer.decode(tokens)[:stop_place]
         return Completion(
             key=text.key,
-            text="" if stop_place == 0 else self.tokenizer.decode(tokens)[:stop_place],
+            text=words,
             token_ids=tokens,
             finish_reason=reason,
             prompt_tokens=text.num_prompt,
             completion_tokens=len(tokens),
             error=error,
             logprobs=None if text.logprobs is None else described(text.logprobs, self.tokenizer),
+            prompt_logprobs=self._described_prompt(text),
+            structured_output=text.form.status(words) if text.form and error is None else None,
             added_at=text.added_at,
             admitted_at=text.admitted_at,
             first_token_at=text.first_token_at,
@@ -349,13 +475,19 @@ class Engine:
             stage_s=text.stage_s,
         )
 
+    def _described_prompt(self, text: Text) -> list[TokenLogprobs | None] | None:
+        if text.prompt_logprobs is None:
+            return None
+        return [None, *described(text.prompt_logprobs, self.tokenizer)]
+
     def _remove(self, text: Text) -> None:
         if self.scheduler.remove(text):
             self.pipeline.release(text.number)
 
     def _check_length(self, num_prompt: int, max_tokens: int) -> None:
         if num_prompt + max_tokens > self.max_model_len:
-            raise PromptTooLongError(
+            fits = num_prompt < self.max_model_len
+            raise (MaxTokensTooLargeError if fits else PromptTooLongError)(
                 f"{num_prompt} prompt tokens and max_tokens {max_tokens} make "
                 f"{num_prompt + max_tokens}; this engine takes {self.max_model_len} together"
             )
@@ -401,6 +533,12 @@ def _make_pipeline(config: EngineConfig, stages: Sequence[Stage]) -> Pipeline:
     if config.pipeline != "auto":
         inline = config.pipeline == "inline"
     return (InlinePipeline if inline else ThreadedPipeline)(stages, config.num_threads)
+
+
+def _shares_prefixes(config: EngineConfig, stages: Sequence[Stage]) -> bool:
+    """Caches outside the pools, as single stages have them, aren't shared."""
+    packed = all(stage.mode == "packed" for stage in stages)
+    return config.prefix_caching and config.use_cache and packed
 
 
 def _num_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len: int) -> int:

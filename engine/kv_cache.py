@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["KVPool", "KVShape", "SlotAllocator"]
+__all__ = ["CacheCopy", "KVPool", "KVShape", "SlotAllocator"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,15 @@ class KVShape:
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that one token takes in this layer."""
         return self.num_heads * (self.key_size + self.value_size) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCopy:
+    """Slots `source ..` to be copied to `destination ..`; the two don't overlap."""
+
+    source: int
+    destination: int
+    length: int
 
 
 class KVPool:
@@ -58,6 +67,14 @@ class KVPool:
         keys.index_copy_(1, slots, key)
         values.index_copy_(1, slots, value)
         return keys, values
+
+    def copy(self, copies: Iterable[CacheCopy]) -> None:
+        """Copy K and V between ranges of slots, in all layers."""
+        for copy in copies:
+            source = slice(copy.source, copy.source + copy.length)
+            destination = slice(copy.destination, copy.destination + copy.length)
+            for tensor in (*self.keys, *self.values):
+                tensor[:, destination] = tensor[:, source]
 
 
 class SlotAllocator:
@@ -99,3 +116,14 @@ class SlotAllocator:
             i -= 1
             first = self._free.pop(i)[0]
         self._free.insert(i, (first, end - first))
+
+    def shrink(self, first: int, length: int) -> None:
+        """Give back all but the first `length` (at least 1) slots of a range.
+
+        :raises KeyError: if no range in use begins there
+        """
+        rest = self._used[first] - length
+        if rest:
+            self._used[first] = length
+            self._used[first + length] = rest
+            self.free(first + length)

@@ -1,8 +1,9 @@
 """What a request's sampling fields do to its logits before a token is chosen.
 
 The order and the meaning are vLLM's: bad words, biases, endings that come too early, then the
-penalties for repetition, frequency and presence. Nothing is kept between steps: all is computed
-from the tokens there are, so a resumed text is treated as one that was never interrupted.
+penalties for repetition, frequency and presence; last, what isn't of the form asked for goes out.
+All is computed from the tokens there are, so a resumed text is treated as one that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -94,14 +95,16 @@ class LogitsChange:
 
 def change_logits(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """`logits` [B, V] with each sequence's changes; the same tensor if there are none."""
-    rows = [row for row, sequence in enumerate(sequences) if sequence.change is not None]
+    rows = [row for row, s in enumerate(sequences) if s.change is not None or s.form is not None]
     if not rows:
         return logits
     changed = logits.to(torch.float32, copy=True)
     for row in rows:
-        change = sequences[row].change
-        assert change is not None
-        change.apply(changed[row], sequences[row])
+        text = sequences[row]
+        if text.change is not None:
+            text.change.apply(changed[row], text)
+        if text.form is not None:
+            text.form.mask(changed[row])
     return changed
 
 

@@ -14,7 +14,7 @@ from queue_api.schemas import TokenLogprob, TokenLogprobs
 if TYPE_CHECKING:
     from engine.sequence import Sequence
 
-__all__ = ["Chosen", "described", "logprobs_of"]
+__all__ = ["Chosen", "described", "logprobs_of", "note_prompt_logprobs"]
 
 # JSON has no infinity; what stands for it is vLLM's and OpenAI's.
 _LEAST = -9999.0
@@ -45,15 +45,33 @@ def logprobs_of(
     ]
     if not rows:
         return {}
-    return {row: _chosen(logits[row], tokens[row], sequences[row]) for row in rows}
+    return {
+        row: _chosen(logits[row], tokens[row], sequences[row].sampling.logprobs or 0)
+        for row in rows
+    }
 
 
-def _chosen(logits: torch.Tensor, token: int, text: Sequence) -> Chosen:
+def note_prompt_logprobs(logits: torch.Tensor, scored: Seq[tuple[Sequence, range]]) -> None:
+    """Add to the sequences what the model thought of their prompts' next tokens.
+
+    :param logits: [N, V], the rows of all the ranges, one after the other
+    :param scored: sequences, and the places in their prompts that the rows belong to
+    """
+    rows = iter(logits)
+    for text, places in scored:
+        assert text.prompt_logprobs is not None
+        count = text.sampling.prompt_logprobs or 0
+        for place, row in zip(places, rows, strict=False):
+            token = int(text.token_ids[place + 1])
+            text.prompt_logprobs.append(_chosen(row, token, count))
+
+
+def _chosen(logits: torch.Tensor, token: int, num_top: int) -> Chosen:
     """`logits` is [V]: row by row, so that no batch mate has a part in the sums."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs[token]
     rank = int((logprobs > own).sum()) + 1
-    count = min(text.sampling.logprobs or 0, len(logprobs))
+    count = min(num_top, len(logprobs))
     values, ids = logprobs.topk(count)
     top = list(zip(ids.tolist(), values.clamp(min=_LEAST).tolist(), strict=True))
     return Chosen(token, max(float(own), _LEAST), rank, top)

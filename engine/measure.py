@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import gc
 import math
 import threading
@@ -25,14 +26,15 @@ from transformers import AutoModelForCausalLM
 from engine.attention import AttentionCall, MaskRule, attend_packed, attending
 from engine.batch import ForwardBatch, Segment
 from engine.checkpoint import Checkpoint
-from engine.costs import DECODE, PREFILL, DeviceSpeed, Step, StepSpeed
+from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpeed
 from engine.kv_cache import KVPool, KVShape
 from engine.packed_linear import can_pack, pack_linears
-from engine.partition import PartitionPlan, StageSpec
+from engine.partition import PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes
 from engine.stage import Stage
+from queue_api.errors import UnsupportedModelError
 
-__all__ = ["MeasuredStage", "device_speed", "measure_stages"]
+__all__ = ["MeasuredStage", "device_speed", "measure_stages", "speed_of_layers"]
 
 _RUN_S = 1.0
 _LEAST_RUNS = 3
@@ -113,6 +115,66 @@ def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, st
                 attend_packed(module, query, key, value, MaskRule())
 
     return _quickest(device, attend) / count
+
+
+@torch.inference_mode()
+def speed_of_layers(
+    checkpoint: Checkpoint,
+    model_config: Any,
+    costs: CostModel,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> DeviceSpeed:
+    """A device's speed, with what some of the model's layers take beside products and attention.
+
+    The layers run as a stage does, and what the counted products and attention don't explain is
+    given to the elementwise operations: norms, rotation, copies, and the Python between them.
+    The speed stays as it was for a model whose layers can't be cut out.
+    """
+    spec = _sample_layers(costs, device)
+    vocab_size = costs.sizes.vocab_size
+    try:
+        stage = Stage.load(
+            checkpoint, model_config, spec, dtype, trust_remote_code=trust_remote_code
+        )
+    except UnsupportedModelError:  # it may run uncut all the same
+        return costs.speeds[device]
+    steps = (DECODE, PREFILL)
+    batches = [_batch(step, vocab_size) for step in steps]
+    passed = [batch.token_ids[None] for batch in batches]
+    if not spec.is_first:
+        size = model_config.get_text_config().hidden_size
+        passed = [torch.randn(1, step.num_tokens, size).to(device, dtype) for step in steps]
+    seconds, _ = _run(stage, spec, batches, passed, vocab_size)
+    found = costs.speeds[device]
+    bare = DeviceSpeed(
+        found.bytes_per_s,
+        dataclasses.replace(found.decode, op_s=0.0),
+        dataclasses.replace(found.prefill, op_s=0.0),
+    )
+    counted = dataclasses.replace(costs, speeds={device: bare})
+    op_s = [
+        max(0.0, total - counted.stage_s(spec, step)) / costs.num_ops(spec)
+        for total, step in zip(seconds, steps, strict=True)
+    ]
+    return DeviceSpeed(
+        found.bytes_per_s,
+        dataclasses.replace(found.decode, op_s=op_s[0]),
+        dataclasses.replace(found.prefill, op_s=op_s[1]),
+    )
+
+
+def _sample_layers(costs: CostModel, device: str) -> StageSpec:
+    """Layers without embedding and head, as many as are beyond a CPU's caches; at least one."""
+    layers = costs.sizes.layers
+    if len(layers) < 3:
+        return plan_partition(len(layers), [device]).stages[0]
+    one = max(1, layers[1].num_params * costs.itemsize)
+    end = 1 + min(len(layers) - 2, max(1, _BEYOND_CACHES_BYTES // one))
+    bounds = (1, end)
+    return plan_partition(len(layers), [device] * 3, "custom", bounds).stages[1]
 
 
 # --------------------------------------------------------------------------------- the stages
@@ -223,6 +285,10 @@ def _quickest(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def _time(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type == "cpu":  # not the clock: other programs' turns on the core aren't the model's
+        started = time.thread_time()
+        work()
+        return time.thread_time() - started
     started = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -13,16 +13,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from engine.batch import ForwardBatch
+from engine.out_of_memory import BatchOutOfMemoryError, is_out_of_memory
 from engine.stage import Stage
 from queue_api.errors import EngineError
 
-__all__ = ["InlinePipeline", "Pipeline", "ThreadedPipeline"]
+__all__ = ["InlinePipeline", "Pipeline", "StageTrace", "ThreadedPipeline"]
+
+StageTrace = Callable[[int, ForwardBatch, float, float], None]
+"""Told a stage's index, its micro-batch, and begin and end in seconds of `time.perf_counter`; in
+the stage's own thread, and with a micro-batch that failed, too."""
 
 
 class Pipeline(Protocol):
@@ -30,6 +35,8 @@ class Pipeline(Protocol):
 
     capacity: int
     """Micro-batches that may be in flight."""
+    trace: StageTrace | None
+    """Called after each run of a stage, if set; `benchmarks/pipeline_timeline.py` draws from it."""
 
     @property
     def num_in_flight(self) -> int: ...
@@ -39,6 +46,7 @@ class Pipeline(Protocol):
     def collect(self) -> tuple[ForwardBatch, torch.Tensor]:
         """Wait for the oldest micro-batch; its logits are [B, V].
 
+        :raises BatchOutOfMemoryError: if a stage had no memory for it; others may follow
         :raises EngineError: if a stage failed
         """
         ...
@@ -52,16 +60,25 @@ class Pipeline(Protocol):
         ...
 
 
-def _run_stage(stage: Stage, batch: ForwardBatch, inbound: torch.Tensor) -> torch.Tensor:
+def _run_stage(
+    stage: Stage, batch: ForwardBatch, inbound: torch.Tensor, trace: StageTrace | None
+) -> torch.Tensor:
     started = time.perf_counter()
     try:
         return stage.run(batch, inbound)
     except Exception as error:
-        raise EngineError(
+        problem = (
             f"stage {stage.spec.index} on {stage.device} failed: {type(error).__name__}: {error}"
-        ) from error
+        )
+        if not is_out_of_memory(error):
+            raise EngineError(problem) from error
     finally:
-        batch.stage_s.append(time.perf_counter() - started)
+        ended = time.perf_counter()
+        batch.stage_s.append(ended - started)
+        if trace is not None:
+            trace(stage.spec.index, batch, started, ended)
+    # raised out here, for the error's traceback would keep the batch's tensors in memory
+    raise BatchOutOfMemoryError(problem, batch)
 
 
 class InlinePipeline:
@@ -70,6 +87,7 @@ class InlinePipeline:
     capacity = 1
 
     def __init__(self, stages: Sequence[Stage], num_threads: int | None) -> None:
+        self.trace: StageTrace | None = None
         self._stages = stages
         self._submitted: deque[ForwardBatch] = deque()
         if num_threads is not None:
@@ -86,7 +104,7 @@ class InlinePipeline:
         batch = self._submitted.popleft()
         passed = batch.token_ids[None]
         for stage in self._stages:
-            passed = _run_stage(stage, batch, passed)
+            passed = _run_stage(stage, batch, passed, self.trace)
         return batch, passed
 
     def release(self, number: int) -> None:
@@ -102,11 +120,15 @@ _Passed = tuple[ForwardBatch, torch.Tensor | BaseException]
 
 
 class ThreadedPipeline:
-    """Gives each stage a thread; a micro-batch goes from queue to queue."""
+    """Gives each stage a thread; a micro-batch goes from queue to queue.
+
+    Each stage gets its share of the CPU threads, and so, until `close`, does who makes this.
+    """
 
     def __init__(self, stages: Sequence[Stage], num_threads: int | None) -> None:
         self.capacity = len(stages)
         self.num_in_flight = 0
+        self.trace: StageTrace | None = None
         self._stages = stages
         self._queues: list[queue.SimpleQueue[_Passed | None]] = [
             queue.SimpleQueue() for _ in range(len(stages) + 1)
@@ -114,6 +136,10 @@ class ThreadedPipeline:
         total = torch.get_num_threads() if num_threads is None else num_threads
         # torch's thread count belongs to the thread that sets it.
         per_stage = max(1, total // len(stages))
+        # The caller samples while the stages compute. With more threads than its share it waits for
+        # cores that the stages have, and the first stage for it.
+        self._callers_threads = torch.get_num_threads()
+        torch.set_num_threads(per_stage)
         self._threads = [
             threading.Thread(
                 target=self._serve, args=(i, per_stage), name=f"stage-{i}", daemon=True
@@ -130,7 +156,7 @@ class ThreadedPipeline:
             batch, passed = item
             if not isinstance(passed, BaseException):
                 try:
-                    passed = _run_stage(self._stages[index], batch, passed)
+                    passed = _run_stage(self._stages[index], batch, passed, self.trace)
                 except EngineError as error:
                     passed = error
             outbox.put((batch, passed))
@@ -157,4 +183,5 @@ class ThreadedPipeline:
         self._queues[0].put(None)
         for thread in self._threads:
             thread.join()
+        torch.set_num_threads(self._callers_threads)
         self._stages = ()

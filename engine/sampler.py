@@ -59,7 +59,7 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)  # [B, V]
     numbers = uniform(
         np.array([sequence.seed for sequence in sequences], dtype=np.uint64),
-        np.zeros(len(sequences), dtype=np.uint64),
+        np.array([sequence.sample for sequence in sequences], dtype=np.uint64),
         np.array([sequence.num_generated for sequence in sequences], dtype=np.uint64),
     )
     targets = torch.from_numpy(numbers).to(device)[:, None] * cumulative[:, -1:]

@@ -2,15 +2,18 @@
 
 Continuous batching: a sequence joins and leaves between any two steps. Decodes come first, then
 prefill chunks up to the token budget. Nothing starves: sequences are admitted in the order of
-arrival, and within a micro-batch those come first that have waited longest.
+arrival, and within a micro-batch those come first that have waited longest. With a prefix cache a
+sequence that hasn't begun waits for another that is computing what both begin with.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 from engine.kv_cache import SlotAllocator
+from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 
 __all__ = ["Scheduler"]
@@ -20,6 +23,7 @@ class Scheduler:
     """Sequences that wait, run, or are part of a micro-batch in flight.
 
     :param num_groups: micro-batches that may be in flight at once; sequences are spread over them
+    :param prefixes: what of `allocator` is held; None: sequences share nothing
     """
 
     def __init__(
@@ -30,12 +34,14 @@ class Scheduler:
         max_batch_tokens: int,
         num_groups: int = 1,
         use_cache: bool = True,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.allocator = allocator
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
         self.num_groups = num_groups
         self.use_cache = use_cache
+        self.prefixes = prefixes
         self.waiting: deque[Sequence] = deque()
         # Ordered by when a sequence was last scheduled, the longest ago in front.
         self._running: dict[int, Sequence] = {}
@@ -56,7 +62,9 @@ class Scheduler:
         if self._running.pop(sequence.number, None) is None:
             self.waiting.remove(sequence)
             return False
-        if self.use_cache:
+        if self.prefixes is not None:
+            self.prefixes.free(sequence)
+        elif self.use_cache:
             self.allocator.free(sequence.first_slot)
         return True
 
@@ -66,13 +74,25 @@ class Scheduler:
         while self.waiting and len(self._running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if self.use_cache:
-                first_slot = self.allocator.allocate(sequence.capacity)
+                first_slot = self._allocate(sequence)
                 if first_slot is None:
                     break  # Those behind wait too, or a long text would never get its place.
                 sequence.first_slot = first_slot
             self._running[sequence.number] = self.waiting.popleft()
             admitted.append(sequence)
         return admitted
+
+    def _allocate(self, sequence: Sequence) -> int | None:
+        if self.prefixes is not None:
+            return self.prefixes.allocate(sequence)
+        return self.allocator.allocate(sequence.capacity)
+
+    def _can_run(self, sequence: Sequence) -> bool:
+        if sequence.in_flight:
+            return False
+        if self.prefixes is None or sequence.num_cached > 0:
+            return True
+        return not self.prefixes.must_wait(sequence)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next micro-batch: sequences and how many pending tokens of each; all now in flight.
@@ -81,19 +101,21 @@ class Scheduler:
         cache to keep a part of them in.
         """
         places = -(-len(self._running) // self.num_groups)
-        ready = [s for s in self._running.values() if not s.in_flight][:places]
+        ready = list(islice(filter(self._can_run, self._running.values()), places))
         ready.sort(key=lambda s: s.num_pending > 1)  # stable: decodes, then prefills in turn
         work: list[tuple[Sequence, int]] = []
         budget = self.max_batch_tokens
         for sequence in ready:
+            if budget <= 0:
+                break
+            if self.prefixes is not None and sequence.num_cached == 0:
+                self.prefixes.reuse(sequence)
             if self.use_cache:
                 count = min(sequence.num_pending, budget)
             else:
                 count = sequence.num_tokens
                 if work and count > budget:
                     break
-            if count <= 0:
-                break
             budget -= count
             work.append((sequence, count))
         for sequence, _ in work:
@@ -106,3 +128,13 @@ class Scheduler:
         sequence.in_flight = False
         if self.use_cache:
             sequence.num_cached += count
+            sequence.copy = None
+        if self.prefixes is not None:
+            self.prefixes.computed(sequence)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """Note that a sequence's micro-batch failed, so that its tokens are to run again."""
+        sequence.in_flight = False
+        if sequence.copy is not None:  # Some stages may not have made it, and its source may go.
+            sequence.copy = None
+            sequence.num_cached = 0

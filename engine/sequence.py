@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from engine.kv_cache import CacheCopy
 from engine.logits import LogitsChange
 from engine.logprobs import Chosen
-from queue_api.schemas import FinishReason, SamplingParams, TokenLogprobs
+from engine.structured import FormState
+from queue_api.schemas import (
+    FinishReason,
+    SamplingParams,
+    StructuredOutputStatus,
+    TokenLogprobs,
+)
 
 __all__ = ["Completion", "Sequence", "seed_from_key"]
 
@@ -35,8 +42,12 @@ class Sequence:
     added_at: float
     stage_s: list[float]
     num_cached: int = 0
+    sample: int = 0
+    """Which of its request's samples, from 0; a part of what a draw is from."""
     first_slot: int = -1
     """Set by the scheduler at admission; the same range in every stage."""
+    copy: CacheCopy | None = None
+    """What its next micro-batch, its first, takes over from another's cache."""
     in_flight: bool = False
     """Part of a micro-batch that hasn't come back."""
     is_cancelled: bool = False
@@ -44,8 +55,12 @@ class Sequence:
     first_token_at: float | None = None
     change: LogitsChange | None = None
     """What the request does to its logits; None if nothing."""
+    form: FormState | None = None
+    """Set before admission if the request asks for structured output."""
     logprobs: list[Chosen] | None = None
     """One per new token; None if the request doesn't ask for them."""
+    prompt_logprobs: list[Chosen] | None = None
+    """Of the prompt's tokens from the second on, as far as they are known; None if not wanted."""
 
     @property
     def capacity(self) -> int:
@@ -55,6 +70,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens to compute before the next one can be drawn."""
         return self.num_tokens - self.num_cached
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The logits of the whole prompt are wanted, so no part of it may come from a cache."""
+        return self.prompt_logprobs is not None
 
     @property
     def num_generated(self) -> int:
@@ -79,6 +99,7 @@ class Sequence:
         sampling: SamplingParams,
         *,
         seed: int,
+        sample: int = 0,
         added_at: float,
         num_stages: int,
         change: LogitsChange | None = None,
@@ -98,8 +119,11 @@ class Sequence:
             seed,
             added_at,
             stage_s,
+            sample=sample,
             change=change,
             logprobs=None if sampling.logprobs is None else [],
+            # all samples have the same prompt
+            prompt_logprobs=None if sampling.prompt_logprobs is None or sample else [],
         )
 
 
@@ -122,8 +146,15 @@ class Completion:
     finished_at: float | None = None
     logprobs: list[TokenLogprobs] | None = None
     """One for each of `token_ids`, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One for each token of the prompt, None the first, if the request asked for them."""
+    structured_output: StructuredOutputStatus | None = None
+    """Whether `text` has the form that the request asks for, if it does."""
     stage_s: list[float] = field(default_factory=list)
     """Per stage: the sum over its steps of the step's time over the sequences in it."""
+    samples: Seq[Completion] = ()
+    """All samples where the request asks for several; the fields above are the first's then, but
+    for times and `completion_tokens`, which are of all."""
 
 
 def seed_from_key(key: str) -> int:

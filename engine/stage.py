@@ -125,6 +125,8 @@ class Stage:
         """
         inbound = inbound.to(self.device, non_blocking=True)
         if self.mode == "packed":
+            if self.pool is not None:
+                self.pool.copy(batch.copies)
             return self._run_packed(batch, inbound, self.pool)[0]
         return self._run_singly(batch, inbound)
 
@@ -153,24 +155,34 @@ class Stage:
             for start in range(segment.start, end, step):
                 rows = slice(start, start + step)
                 past = segment.past + start - segment.start
-                out = self._run_one(inbound[:, rows], positions[None, rows], segment.number, past)
-                if not self.spec.is_last or start + step - 1 in due:
+                due_here = [i for i in range(step) if start + i in due]
+                out = self._run_one(
+                    inbound[:, rows], positions[None, rows], segment.number, past, due_here
+                )
+                if not self.spec.is_last or due_here:
                     outputs.append(out)
         if self.spec.is_last:
             vocabulary = self.model.config.get_text_config().vocab_size
-            return torch.cat(outputs) if outputs else inbound.new_empty(0, vocabulary)
+            if not outputs:
+                return inbound.new_empty(0, vocabulary)
+            return torch.cat(outputs)[logit_rows.argsort().argsort()]  # as logit_rows has them
         return torch.cat(outputs, dim=1)
 
     def _run_one(
-        self, inbound: torch.Tensor, positions: torch.Tensor, number: int, past: int
+        self,
+        inbound: torch.Tensor,
+        positions: torch.Tensor,
+        number: int,
+        past: int,
+        due: list[int],
     ) -> torch.Tensor:
-        """Tokens of one sequence, with its own cache; the last token's logits [1, V]."""
+        """Tokens of one sequence, with its own cache; logits [B, V] of those due, or the last's."""
         cache = self._caches[number] if self.use_cache else None
         if cache is not None:
             cache.num_seen = past
-        last_row = torch.tensor([inbound.shape[1] - 1], device=self.device)
+        due_rows = torch.tensor(due or [inbound.shape[1] - 1], device=self.device)
         kwargs = {self._cache_name: cache, "use_cache": self.use_cache}
-        return self._forward(inbound, positions, last_row, **kwargs)
+        return self._forward(inbound, positions, due_rows, **kwargs)
 
     def _forward(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from engine.checkpoint import Checkpoint
-from queue_api.errors import InvalidRequestError, UnsupportedModelError
+from queue_api.errors import InvalidRequestError, UnsupportedModelError, UnsupportedRequestError
 from queue_api.schemas import GenerationRequest
 
 __all__ = ["Tokenizer"]
@@ -71,12 +71,21 @@ class Tokenizer:
             tokens = self._tokens(request.prompt or "", add_special_tokens=True)
         if not tokens:
             raise InvalidRequestError("the prompt has no tokens")
-        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-            bad = next(token for token in tokens if not 0 <= token < self.vocab_size)
-            raise InvalidRequestError(
-                f"token id {bad} in 'prompt' is outside the vocabulary (0 to {self.vocab_size - 1})"
-            )
+        self.check_vocabulary(tokens, "'prompt'")
         return tokens
+
+    def check_vocabulary(self, token_ids: Sequence[int], where: str) -> None:
+        """See that the model knows these tokens.
+
+        :param where: what they are, for the message
+        :raises InvalidRequestError: naming the first that it doesn't know
+        """
+        if not token_ids or 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            return
+        bad = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+        raise InvalidRequestError(
+            f"token id {bad} in {where} is outside the vocabulary (0 to {self.vocab_size - 1})"
+        )
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -127,6 +136,24 @@ class Tokenizer:
             if len(spaced) == len(plain) and spaced[0] != plain[0]:
                 encoded.append(spaced)
         return encoded
+
+    def for_grammars(self) -> Any:
+        """The vocabulary as xgrammar has it: `xgrammar.TokenizerInfo`.
+
+        :raises UnsupportedRequestError: if xgrammar can't read this kind of tokenizer
+        """
+        from xgrammar import TokenizerInfo
+
+        try:
+            return TokenizerInfo.from_huggingface(
+                self._tokenizer,
+                vocab_size=self.vocab_size,
+                stop_token_ids=sorted(t for t in self.eos_token_ids if t < self.vocab_size),
+            )
+        except Exception as error:
+            raise UnsupportedRequestError(
+                f"'structured_outputs': xgrammar can't use this model's tokenizer: {error}"
+            ) from error
 
     def find_stop(
         self, token_ids: Sequence[int], stop: Sequence[str], after: int = 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.kv_cache import KVPool, KVShape, SlotAllocator
+from engine.kv_cache import CacheCopy, KVPool, KVShape, SlotAllocator
 
 NUM_SLOTS = 40
 
@@ -50,6 +50,13 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.allocator.free(first)
             del self.ranges[first]
 
+    @rule(data=st.data())
+    def shrink(self, data) -> None:
+        if self.ranges:
+            first = data.draw(st.sampled_from(sorted(self.ranges)))
+            self.ranges[first] = data.draw(st.integers(1, self.ranges[first]))
+            self.allocator.shrink(first, self.ranges[first])
+
     @invariant()
     def counts_agree(self) -> None:
         assert self.allocator.num_free == NUM_SLOTS - len(self.used())
@@ -86,6 +93,16 @@ def test_write_changes_only_its_layer_and_slots() -> None:
         assert tensors[0].eq(0).all()
         assert tensors[2].eq(0).all()
         assert tensors[1].sum(dim=(0, 2)).nonzero()[:, 0].tolist() == [2, 4, 7]
+
+
+def test_a_copy_is_made_in_every_layer() -> None:
+    pool = KVPool([KVShape(2, 4, 6)] * 3, 10, device=torch.device("cpu"), dtype=torch.float32)
+    for tensor in (*pool.keys, *pool.values):
+        tensor.copy_(torch.arange(10.0)[None, :, None].expand_as(tensor))
+    pool.copy([CacheCopy(6, 1, 3), CacheCopy(0, 9, 1)])
+    for tensor in (*pool.keys, *pool.values):
+        expected = torch.tensor([0.0, 6, 7, 8, 4, 5, 6, 7, 8, 0])
+        assert tensor.eq(expected[None, :, None]).all()
 
 
 @pytest.mark.parametrize("bounds", [(), (3,), (1, 5)])

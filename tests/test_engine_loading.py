@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -202,16 +203,20 @@ def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
 @pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
 )
+@pytest.mark.parametrize("has_mkl", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linears_compute_what_they_replace(bias: bool) -> None:
+def test_packed_linears_compute_what_they_replace(bias: bool, has_mkl: bool, monkeypatch) -> None:
+    if not has_mkl:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8))
-    rows = torch.randn(1, 13, 24, generator=torch.Generator().manual_seed(0))
+    packed = copy.deepcopy(model)
+    pack_linears(packed)
+    assert all(isinstance(module, PackedLinear) for module in packed)
+    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        expected = model(rows)
-        pack_linears(model)
-        found = model(rows)
-    assert all(isinstance(module, PackedLinear) for module in model)
-    torch.testing.assert_close(found, expected)
+        for num_rows in (0, 1, 13, 511, 512, 513, 1300):  # the layout is made for one number
+            rows = torch.randn(1, num_rows, 24, generator=generator)
+            torch.testing.assert_close(packed(rows), model(rows))
 
 
 def test_a_model_that_reads_packed_weights_runs_with_plain_ones(monkeypatch) -> None:

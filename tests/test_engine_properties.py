@@ -83,5 +83,6 @@ def test_text_never_depends_on_arrivals_and_cancels(name, num_stages, pipeline, 
         step()
     assert done == {key: alone(name, index) for key, index in known.items()}
     assert tested.num_running == tested.num_waiting == 0
+    tested.reset_prefix_cache()
     allocator = tested.scheduler.allocator
     assert allocator.num_free == allocator.num_slots

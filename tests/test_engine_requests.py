@@ -17,7 +17,9 @@ from queue_api.errors import (
     DuplicateRequestError,
     EngineError,
     InvalidRequestError,
+    MaxTokensTooLargeError,
     PromptTooLongError,
+    RequestError,
 )
 from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
 
@@ -49,7 +51,7 @@ def prompt_that_ends() -> list[int]:
 def refusal(engine: Engine, **fields) -> str:
     """The message of the error that `add` raises, after which the engine knows nothing of it."""
     request = GenerationRequest.parse({"id": "r", **fields})
-    with pytest.raises((InvalidRequestError, PromptTooLongError)) as caught:
+    with pytest.raises(RequestError) as caught:
         engine.add("r", request)
     assert not engine.has_unfinished()
     return str(caught.value)
@@ -182,7 +184,10 @@ def test_length_limits_name_the_numbers(engine: Engine) -> None:
     fits = {"max_tokens": 128 - 100}
     engine.add("fits", GenerationRequest.parse({"id": "f", "prompt": [5] * 100, "sampling": fits}))
     assert engine.cancel("fits")
-    message = refusal(engine, prompt=[5] * 100, sampling={"max_tokens": 29})
+    with pytest.raises(MaxTokensTooLargeError) as caught:
+        engine.add("r", GenerationRequest(id="r", prompt=[5] * 100, sampling={"max_tokens": 29}))
+    assert caught.value.code == "max_tokens_too_large"
+    message = str(caught.value)
     assert "100 prompt tokens and max_tokens 29 make 129; this engine takes 128" in message
 
 
@@ -218,6 +223,7 @@ def test_a_failure_of_one_text_ends_that_text_alone(monkeypatch, engine: Engine)
     assert done["poisoned"].finish_reason is FinishReason.ERROR
     assert "decoder gone" in str(done["poisoned"].error)
     assert done["good"].token_ids == MODEL.greedy([50, 51])
+    engine.reset_prefix_cache()
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_slots
 
 
@@ -305,3 +311,11 @@ def test_a_closed_engine_lets_go_and_says_so(pipeline: str) -> None:
     with pytest.raises(EngineError, match="closed"):
         engine.step()
     engine.close()
+
+
+@pytest.mark.parametrize("token", [VOCAB, 2**32 - 1, -1])
+def test_a_partial_text_of_unknown_tokens_is_refused(engine: Engine, token: int) -> None:
+    (request,) = requests([PROMPT])
+    with pytest.raises(InvalidRequestError, match=f"token id {token} in the partial text"):
+        engine.add("k", request, generated=[40, token])
+    assert not engine.has_unfinished()

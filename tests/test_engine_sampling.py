@@ -69,6 +69,19 @@ def test_seeded_text_is_the_same_in_any_batch_order_and_partition() -> None:
         engine.close()
 
 
+def test_64_sampled_texts_are_the_same_at_batch_1_7_and_64_with_1_and_3_stages() -> None:
+    model = tiny_model("llama")
+    prompts = mixed_prompts(64)
+    found = []
+    for num_stages in (1, 3):
+        for max_num_seqs in (1, 7, 64):
+            engine = model.engine(max_num_seqs=max_num_seqs, devices=("cpu",) * num_stages)
+            found.append(texts(engine, prompts, max_tokens=6))
+            engine.close()
+    assert len({tuple(text) for text in found[0]}) == 64
+    assert all(other == found[0] for other in found[1:])
+
+
 def test_text_does_not_depend_on_the_neighbours() -> None:
     engine = tiny_model("llama").engine()
     (alone,) = engine.generate(requests([PROMPTS[0]], temperature=1.0, seed=3))

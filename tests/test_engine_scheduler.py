@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.kv_cache import SlotAllocator
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from queue_api.schemas import SamplingParams
@@ -24,13 +25,15 @@ def text(number: int, prompt: int, new: int) -> Sequence:
 class Drive:
     """Runs a scheduler with made-up tokens, and checks every micro-batch."""
 
-    def __init__(self, num_seqs: int, budget: int, num_groups: int, use_cache: bool) -> None:
+    def __init__(self, num_seqs: int, budget: int, num_groups: int, how: str) -> None:
+        allocator = SlotAllocator(SLOTS)
         self.scheduler = Scheduler(
-            SlotAllocator(SLOTS),
+            allocator,
             max_num_seqs=num_seqs,
             max_batch_tokens=budget,
             num_groups=num_groups,
-            use_cache=use_cache,
+            use_cache=how != "no cache",
+            prefixes=PrefixCache(allocator) if how == "shared" else None,
         )
         self.in_flight: list[list[tuple[Sequence, int]]] = []
         self.last_turn: dict[int, int] = {}
@@ -70,9 +73,12 @@ class Drive:
             not self.scheduler.use_cache and len(work) == 1
         )
         if self.scheduler.use_cache:
+            assert all(0 < count <= sequence.num_pending for sequence, count in work)
+        if self.scheduler.prefixes is not None:
+            return  # some wait for others, and for longer
+        if self.scheduler.use_cache:
             kinds = [sequence.num_pending > 1 for sequence, _ in work]
             assert kinds == sorted(kinds), "decodes come first"
-            assert all(0 < count <= sequence.num_pending for sequence, count in work)
         self.turn += 1
         for number in numbers:
             self.last_turn[number] = self.turn
@@ -87,16 +93,16 @@ class Drive:
     num_seqs=st.integers(1, 6),
     extra=st.integers(0, 12),
     num_groups=st.integers(1, 3),
-    use_cache=st.booleans(),
+    how=st.sampled_from(["no cache", "cache", "shared"]),
     arrivals=st.lists(
         st.tuples(st.integers(0, 5), st.integers(1, 30), st.integers(1, 12)), max_size=16
     ),
     cancels=st.sets(st.tuples(st.integers(0, 15), st.integers(0, 40)), max_size=5),
 )
 def test_everyone_finishes_within_the_budgets(
-    num_seqs, extra, num_groups, use_cache, arrivals, cancels
+    num_seqs, extra, num_groups, how, arrivals, cancels
 ) -> None:
-    drive = Drive(num_seqs, num_seqs + extra, num_groups, use_cache)
+    drive = Drive(num_seqs, num_seqs + extra, num_groups, how)
     texts: list[Sequence] = []
     pending = list(arrivals)
     step = 0
@@ -116,6 +122,8 @@ def test_everyone_finishes_within_the_budgets(
     assert set(drive.finished) | drive.cancelled == set(range(len(arrivals)))
     assert drive.admitted == sorted(drive.admitted), "admitted in the order of arrival"
     assert drive.scheduler.num_running == 0
+    if drive.scheduler.prefixes is not None:
+        drive.scheduler.prefixes.clear()
     assert drive.scheduler.allocator.num_free == SLOTS
 
 
@@ -129,7 +137,7 @@ def cancel(drive: Drive, sequence: Sequence) -> None:
 
 
 def test_a_long_text_is_not_overtaken_for_want_of_slots() -> None:
-    drive = Drive(num_seqs=8, budget=64, num_groups=1, use_cache=True)
+    drive = Drive(num_seqs=8, budget=64, num_groups=1, how="cache")
     for number, (prompt, new) in enumerate([(20, 10), (30, 10), (1, 1)]):
         drive.scheduler.add(text(number, prompt, new))
     drive.round()
@@ -141,7 +149,7 @@ def test_a_long_text_is_not_overtaken_for_want_of_slots() -> None:
 
 @pytest.mark.parametrize("num_groups", [2, 3])
 def test_sequences_are_spread_over_the_micro_batches(num_groups: int) -> None:
-    drive = Drive(num_seqs=6, budget=48, num_groups=num_groups, use_cache=True)
+    drive = Drive(num_seqs=6, budget=48, num_groups=num_groups, how="cache")
     for number in range(6):
         drive.scheduler.add(text(number, 4, 4))
     drive.scheduler.admit()

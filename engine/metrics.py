@@ -1,0 +1,30 @@
+"""What an engine has done so far, in tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["EngineMetrics"]
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Counts since the engine was loaded."""
+
+    prompt_tokens: int = 0
+    """Of the texts admitted; the tokens that a text was resumed with count among them."""
+    cached_prompt_tokens: int = 0
+    """Those of them that were copied from another text's cache instead of computed."""
+    computed_tokens: int = 0
+    """Tokens that went through the model, prompts' and new ones."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt_tokens} prompt tokens, {self.prefix_hit_rate:.1%} of them from the "
+            f"prefix cache; {self.computed_tokens} tokens computed"
+        )
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of prompt tokens that came from the cache; 0 before the first."""
+        return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

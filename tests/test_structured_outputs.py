@@ -1,0 +1,228 @@
+"""Texts of a given form: real xgrammar on the demo model, judged by jsonschema and `re`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import jsonschema
+import pytest
+from engine_models import requests, tiny_model
+
+from engine.engine import Engine
+from engine.sequence import Completion
+from queue_api.errors import InvalidRequestError, UnsupportedRequestError
+from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams, StructuredOutputs
+from queue_api.structured_outputs import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+
+MODEL = tiny_model("demo")
+PROMPTS = ["Tell me a story.", "What is 2 + 3?", "Who are you?", "Name a colour."]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "kind": {"enum": ["cat", "dog"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
+    return MODEL.engine(max_num_seqs=8)
+
+
+def generate(engine: Engine, outputs: dict[str, Any], **sampling: Any) -> list[Completion]:
+    sampling = {"temperature": 1.0, "max_tokens": 120, **sampling}
+    return engine.generate(requests(PROMPTS, structured_outputs=outputs, **sampling))
+
+
+def run(engine: Engine) -> dict[str, Completion]:
+    done: dict[str, Completion] = {}
+    while engine.has_unfinished():
+        done.update((completion.key, completion) for completion in engine.step())
+    return done
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_json_obeys_its_schema(engine: Engine, seed: int) -> None:
+    done = generate(engine, {"json": PERSON}, seed=seed, temperature=1.3)
+    for completion in done:
+        assert completion.structured_output == "valid", completion.text
+        assert completion.finish_reason is FinishReason.STOP
+        jsonschema.validate(json.loads(completion.text), PERSON)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "pattern"),
+    [
+        ({"regex": r"[a-c]{3}-\d+(\.\d)?"}, r"[a-c]{3}-\d+(\.\d)?"),
+        ({"choice": ['a "b"', "c\\d\n", "é|x", "(f"]}, r'a "b"|c\\d\n|é\|x|\(f'),
+        ({"grammar": 'root ::= "<" item+ ">"\nitem ::= "x" | "yy"'}, r"<(x|yy)+>"),
+    ],
+    ids=["regex", "choice", "grammar"],
+)
+def test_the_whole_text_matches(engine: Engine, outputs: dict[str, Any], pattern: str) -> None:
+    for completion in generate(engine, outputs, n=4):
+        for sample in completion.samples:
+            assert sample.structured_output == "valid", sample.text
+            assert re.fullmatch(pattern, sample.text)
+
+
+def test_json_object_is_any_object(engine: Engine) -> None:
+    done = [sample for c in generate(engine, {"json_object": True}, n=6) for sample in c.samples]
+    valid = [sample for sample in done if sample.structured_output == "valid"]
+    assert valid
+    assert all(isinstance(json.loads(sample.text), dict) for sample in valid)
+    cut = [sample for sample in done if sample not in valid]
+    assert all(s.finish_reason is FinishReason.LENGTH for s in cut)
+
+
+def test_a_text_that_is_cut_says_so(engine: Engine) -> None:
+    for completion in generate(engine, {"json": PERSON}, max_tokens=5):
+        assert (completion.finish_reason, completion.structured_output) == ("length", "truncated")
+    for completion in generate(engine, {"regex": "aaa;bbb"}, stop=[";"]):
+        assert (completion.text, completion.structured_output) == ("aaa", "truncated")
+
+
+def test_what_a_grammar_leaves_out_is_found_in_the_text(engine: Engine) -> None:
+    twice = {"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2}
+    assert {c.structured_output for c in generate(engine, {"json": twice})} == {"valid"}
+    unique = {**twice, "uniqueItems": True}
+    for completion in generate(engine, {"json": unique}):
+        assert completion.structured_output == "invalid"
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(json.loads(completion.text), unique)
+
+
+def test_other_requests_in_the_batch_are_as_ever(engine: Engine) -> None:
+    plain = requests(PROMPTS, max_tokens=20)
+    formed = requests(PROMPTS, max_tokens=20, structured_outputs={"regex": "[xyz]+"})
+    expected = [completion.token_ids for completion in engine.generate(plain)]
+    done = engine.generate([*plain, *formed])
+    assert [completion.token_ids for completion in done[:4]] == expected
+    assert all(completion.structured_output is None for completion in done[:4])
+    assert all(re.fullmatch("[xyz]+", completion.text) for completion in done[4:])
+
+
+def test_same_text_in_any_batch_and_partition(engine: Engine) -> None:
+    expected = [c.token_ids for c in generate(engine, {"json": PERSON}, seed=5)]
+    for config in (
+        {"max_num_seqs": 1},
+        {"devices": ("cpu",) * 2, "max_num_seqs": 4, "max_batch_tokens": 7},
+    ):
+        other = MODEL.engine(**config)
+        assert [c.token_ids for c in generate(other, {"json": PERSON}, seed=5)] == expected
+        other.close()
+
+
+def test_a_successor_goes_on_within_the_form(engine: Engine) -> None:
+    sampling = {"structured_outputs": {"json": PERSON}, "temperature": 1.0, "max_tokens": 120}
+    (request,) = requests(PROMPTS[:1], **sampling)
+    (expected,) = engine.generate([request])
+    for kept in (1, len(expected.token_ids) // 2, len(expected.token_ids)):
+        engine.add("k", request, generated=expected.token_ids[:kept], seed_key="0")
+        done = run(engine)["k"]
+        assert (done.token_ids, done.structured_output) == (expected.token_ids, "valid")
+    engine.add("k", request, generated=[5, 5, 5], seed_key="0")  # of no such form: begun anew
+    assert run(engine)["k"].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"regex": "((("}, "parenthesis"),
+        ({"json": {"type": "foo"}}, r"at \['type'\].*foo"),
+        ({"json": {"$ref": "#/$defs/none"}}, "none"),
+        ({"grammar": "other ::= x"}, "root"),
+    ],
+)
+def test_a_wrong_form_fails_its_request_alone(
+    engine: Engine, outputs: dict[str, Any], message: str
+) -> None:
+    right, wrong = requests(PROMPTS[:2]), requests(PROMPTS[2:], structured_outputs=outputs)
+    expected = engine.generate(right)
+    done = engine.generate([*right, *wrong])
+    assert [c.token_ids for c in done[:2]] == [c.token_ids for c in expected]
+    for completion in done[2:]:
+        assert completion.finish_reason is FinishReason.ERROR
+        assert isinstance(completion.error, InvalidRequestError)
+        assert re.search(message, str(completion.error))
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_a_form_that_takes_too_long_doesnt_hold_up_others() -> None:
+    pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
+    engine = MODEL.engine()
+    engine._forms.compile_limit_s = 0.0
+    names = {f"name{i}": {"type": "string"} for i in range(300)}
+    slow = {"json": {"type": "object", "properties": names}}
+    (request,) = requests(PROMPTS[:1], structured_outputs=slow)
+    for key, other in zip("abc", requests(PROMPTS[1:], max_tokens=5), strict=True):
+        engine.add(key, other)
+    engine.add("slow", request)
+    done = run(engine)
+    assert "too" in str(done["slow"].error) or "longer than 0 s" in str(done["slow"].error)
+    assert all(done[key].error is None for key in "abc")
+
+
+def test_cancelled_before_its_form_is_there(engine: Engine) -> None:
+    (request,) = requests(PROMPTS[:1], structured_outputs={"regex": "never[s]een"})
+    engine.add("k", request)
+    assert engine.cancel("k")
+    assert run(engine) == {}
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_without_xgrammar_that_request_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = MODEL.engine()
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(UnsupportedRequestError, match=r"xgrammar.*batchmill\[structured\]"):
+        generate(engine, {"json_object": True})
+    assert not engine.has_unfinished()
+
+
+def parsed(**sampling: Any) -> SamplingParams:
+    data = {"id": "x", "prompt": "a", "sampling": sampling}
+    return GenerationRequest.parse(data).sampling
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"structured_outputs": {}}, "exactly one"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exactly one"),
+        ({"structured_outputs": {"json": "{"}}, "isn't JSON"),
+        ({"structured_outputs": {"json": deep(MAX_SCHEMA_DEPTH)}}, "nested deeper"),
+        ({"structured_outputs": {"json": {"const": "x" * MAX_SCHEMA_BYTES}}}, "limit is"),
+        ({"structured_outputs": {"json": {"$ref": "http://a/b"}}}, "only references within"),
+        ({"structured_outputs": {"choice": []}}, "empty"),
+        ({"structured_outputs": {"json_object": True}, "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "xml"}}, "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "schema"),
+    ],
+)
+def test_what_is_wrong_is_said_before_it_is_sent(sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        parsed(**sampling)
+
+
+def test_openais_name_means_the_same_and_both_survive_the_wire() -> None:
+    wrapped = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+    params = parsed(response_format=wrapped)
+    assert params.structured_outputs == StructuredOutputs(json=PERSON)
+    assert parsed(structured_outputs={"json": json.dumps(PERSON)}) == params
+    assert parsed(response_format={"type": "text"}).structured_outputs is None
+    assert SamplingParams.model_validate_json(params.model_dump_json(exclude_unset=True)) == params
