@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_run_answers_every_row_and_leaves_nothing_running(batchmill, tmp_path):
     assert written[1]["id"] == 7
     assert len(written[0]["timings"]["stage_s"]) == 2
     assert [written[i]["finish_reason"] == "error" for i in range(6)] == [False] * 2 + [True] * 4
-    assert written[4]["error"]["code"] == "prompt_too_long"
+    assert written[4]["error"]["code"] == "max_tokens_too_large"
     assert "'prompt'" in written[2]["error"]["message"]
     assert "'max_tokens' is 0" in written[3]["error"]["message"]
     assert written[5]["error"]["message"].startswith("line 6")
@@ -251,3 +252,44 @@ def test_demo_model_is_named_as_such(batchmill, tmp_path):
     code, _, err = batchmill("run", "in.jsonl", "-o", "out.jsonl").end()
     assert code == 0, err
     assert "demo" in read_rows(tmp_path / "out.jsonl")[0]["model"]
+
+
+def test_samples_come_back_in_their_row(batchmill, tmp_path):
+    rows = [{"prompt": "one", "n": 3, "temperature": 1.5, "seed": 4}, {"prompt": "two", "n": 2}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", DEMO_MODEL_PATH, "--max-tokens", 8]
+    _, _, errors = batchmill("run", "in.jsonl", "-o", "out.jsonl", *options).end()
+    sampled, greedy = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
+    assert sampled["error"] is None, errors
+    outputs = sampled["outputs"]
+    assert [output["index"] for output in outputs] == [0, 1, 2]
+    assert outputs[0]["text"] == sampled["text"]
+    assert len({output["text"] for output in outputs}) == 3
+    assert "'n' is 2" in greedy["error"]["message"]
+    assert "outputs" not in greedy
+
+
+def test_given_forms_and_prompt_logprobs_come_back_in_their_rows(batchmill, tmp_path):
+    pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
+    rows = [
+        {"prompt": "one", "structured_outputs": {"regex": "[ab]{4}"}},
+        {"prompt": "two", "structured_outputs": {"choice": ["yes and no"]}, "max_tokens": 1},
+        {"prompt": "three", "structured_outputs": {"regex": "((("}},
+        {"prompt": "four", "structured_outputs": {"regex": "a", "choice": ["b"]}},
+        {"prompt": "five", "prompt_logprobs": 1},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", DEMO_MODEL_PATH, "--max-tokens", 8]
+    _, _, errors = batchmill("run", "in.jsonl", "-o", "out.jsonl", *options).end()
+    done = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
+    assert done[0]["error"] is None, errors
+    assert re.fullmatch("[ab]{4}", done[0]["text"])
+    judged = [row.get("structured_output") for row in done]
+    assert judged == ["valid", "truncated", None, None, None]
+    assert "parenthesis" in done[2]["error"]["message"]
+    assert "exactly one" in done[3]["error"]["message"]
+    assert done[4]["error"] is None
+    first, *others = done[4]["prompt_logprobs"]
+    assert first is None
+    assert len(others) + 1 == done[4]["usage"]["prompt_tokens"]
+    assert all(token["logprob"] <= 0 and len(token["top"]) == 1 for token in others)

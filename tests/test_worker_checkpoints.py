@@ -7,7 +7,7 @@ import re
 import signal
 
 from rq import Queue
-from worker_kit import QUEUE, completed, submit, until
+from worker_kit import QUEUE, SERVE, completed, submit, until
 
 from queue_api.connection import connect_async
 from queue_api.errors import InvalidRequestError
@@ -21,6 +21,30 @@ from workers.scripts import Scripts
 LONG = "echo:tokens=1000,step_s=0.001"
 PROMPT = " ".join(f"w{i}" for i in range(700))
 TEXT = " ".join(f"w{i % 700}" for i in range(1000))
+
+DIES_LATE = """
+import os, signal, sys
+import workers.worker
+
+load_engine = workers.worker.load_engine
+
+def load_mortal(settings):
+    engine = load_engine(settings)
+    step = engine.step
+
+    def mortal_step():
+        ended = step()
+        made = [len(tokens) for tokens in engine.progress().values()]
+        if len(made) == 2 and min(made) >= 900:
+            print("killed at token", max(made), file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ended
+
+    engine.step = mortal_step
+    return engine
+
+workers.worker.load_engine = load_mortal
+"""
 
 
 def tokens_kept(connection) -> int:
@@ -84,6 +108,38 @@ def test_the_models_text_is_that_of_an_undisturbed_run(connection, start_worker)
     assert len(text) > 100
     assert disturbed.return_value()["text"] == text
     assert disturbed.return_value()["attempt"] == 2
+
+
+def test_killed_at_token_900_of_1000_at_most_an_interval_is_computed_again(
+    connection, start_worker
+):
+    """The figures of docs/reliability.md, for a greedy and a seeded text side by side."""
+    queue = Queue(QUEUE, connection=connection, serializer="json")
+    settings = {"lease_s": 1, "checkpoint_tokens": 64, "num_threads": 1}
+    fields = {"max_tokens": 1000, "ignore_eos": True}
+    kinds = {"greedy": {}, "seeded": {"temperature": 1.0, "seed": 7}}
+    disturbed = {
+        kind: queue.enqueue(GENERATE, "7 + 4?", job_id=kind, **fields, **more)
+        for kind, more in kinds.items()
+    }
+    victim = start_worker("demo", script=DIES_LATE + SERVE, **settings)
+    assert victim.wait() == -signal.SIGKILL
+    heir = start_worker("demo", **settings)
+    until(lambda: all(job.get_status() == "finished" for job in disturbed.values()))
+    killed_at = int(re.findall(r"killed at token (\d+)", heir.said())[0])
+    behind = dict(re.findall(r"request (\w+) goes on behind (\d+) tokens", heir.said()))
+    assert behind.keys() == kinds.keys()
+    again = {kind: killed_at - int(tokens) for kind, tokens in behind.items()}
+    assert 0 <= min(again.values()) <= max(again.values()) <= settings["checkpoint_tokens"], again
+    undisturbed = {
+        kind: queue.enqueue(GENERATE, "7 + 4?", **fields, **more) for kind, more in kinds.items()
+    }
+    until(lambda: all(job.get_status() == "finished" for job in undisturbed.values()))
+    for kind, job in disturbed.items():
+        value = job.return_value()
+        assert (value["completion_tokens"], value["attempt"]) == (1000, 2)
+        assert value["text"] == undisturbed[kind].return_value()["text"]
+    print(f"killed at token {killed_at}; computed again: {again}")
 
 
 def test_a_late_checkpoint_leaves_no_gap(server, connection):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from rq.job import Job
 from worker_kit import QUEUE, completed, num_done, status, submit, until
 
 from queue_api.enqueue import JobTemplate
+from queue_api.jobs import request_json
 from queue_api.runs import RunKeys
 from queue_api.schemas import FinishReason, GenerationRequest
 from queue_api.scripts import load_script
@@ -57,6 +59,17 @@ def test_drain_finishes_what_it_holds(connection, start_worker):
     assert worker.wait() == 0
     assert num_done(connection, "run") == 16
     assert {status(connection, job) for job in jobs} == {"finished"}
+
+
+def test_a_worker_s_log_ends_with_its_prefix_hit_rate(connection, start_worker):
+    worker = start_worker("demo")
+    submit(connection, "run", [" ".join(["two and two make four"] * 4)] * 4, max_tokens=4)
+    results = completed(connection, "run", 4)
+    assert all(result.ok for result in results), results[0]
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0
+    (rate,) = re.findall(r"prompt tokens, (.*)% of them from the prefix", worker.log.read_text())
+    assert 50 < float(rate) < 75  # three of four, all but their last token
 
 
 def test_drain_gives_the_rest_back_without_spending_a_retry(connection, start_worker):
@@ -220,10 +233,11 @@ def test_a_result_that_redis_lost_is_made_again(connection, start_worker):
     keys = RunKeys.of("run")
     connection.hset(keys.hash, mapping={"queue": QUEUE, "total": 2, "chunk_size": 2})
     requests = [
-        (i, GenerationRequest(id=f"id-{i}", prompt=f"w{i}", sampling={"max_tokens": n}))
+        GenerationRequest(id=f"id-{i}", prompt=f"w{i}", sampling={"max_tokens": n})
         for i, n in enumerate([1, 100])
     ]
-    call = template.call("run-0", "run", requests)
+    items = [(i, request_json(request)) for i, request in enumerate(requests)]
+    call = template.call("run-0", "run", items)
     assert connection.register_script(load_script("enqueue"))(call.keys, call.args) == 1
     until(lambda: num_done(connection, "run") == 1)
     with connection.pipeline() as crash:

@@ -14,7 +14,7 @@ from queue_api.jobs import GENERATE, chunk_job_id, single_job_id
 
 FAILING = "echo:marked=poison,on_marked=error"
 BREAKING = "echo:marked=poison,on_marked=raise"
-ABORTING = "echo:marked=poison,on_marked=abort,step_s=0.002"
+ABORTING = "echo:tokens=2,marked=poison,on_marked=abort,step_s=0.002"
 
 
 def with_poison(total: int, at: int) -> list[str]:
@@ -79,14 +79,21 @@ def test_requeued_from_the_dead_letter_a_job_runs_again(connection, start_worker
 
 
 def test_a_request_that_kills_its_worker_is_quarantined(connection, start_worker):
-    submit(connection, "run", with_poison(100, at=50), chunk_size=8)
-    codes = serve_until_done(connection, start_worker, 100, ABORTING, lease_s=1, max_num_seqs=8)
+    """The figures of docs/reliability.md: 3 deaths, 1,999 answers, one dead letter."""
+    submit(connection, "run", with_poison(2000, at=1234), chunk_size=32)
+    codes = serve_until_done(connection, start_worker, 2000, ABORTING, lease_s=1)
     assert codes == [-signal.SIGABRT] * 3
-    found = completed(connection, "run", 100)
-    assert [result.index for result in found if not result.ok] == [50]
-    assert found[50].error.code == "quarantined"
-    assert "3 workers died" in found[50].error.message
-    until(lambda: dead_letter(connection) == [single_job_id("run", 50)])
+    found = completed(connection, "run", 2000)
+    assert [result.index for result in found if not result.ok] == [1234]
+    assert [result.text for result in found if result.ok] == [
+        f"word{i} word{i}" for i in range(2000) if i != 1234
+    ]
+    assert found[1234].error.code == "quarantined"
+    assert "3 workers died" in found[1234].error.message
+    single = single_job_id("run", 1234)
+    until(lambda: dead_letter(connection) == [single])
+    cause = Job.fetch(single, connection, serializer="json").latest_result().exc_string
+    assert "3 workers died" in cause
 
 
 def test_a_request_that_breaks_the_engine_is_quarantined(connection, start_worker):

@@ -16,7 +16,7 @@ from rq.job import Job
 from rq.worker import BaseWorker
 
 from queue_api.enqueue import JobTemplate
-from queue_api.jobs import chunk_job_id
+from queue_api.jobs import chunk_job_id, request_json
 from queue_api.runs import RunKeys
 from queue_api.schemas import GenerationRequest, GenerationResult
 from queue_api.scripts import load_script
@@ -45,12 +45,19 @@ def until(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
 class WorkerProcess:
     """`run_worker` in a process of its own; settings as keyword arguments."""
 
-    def __init__(self, redis_url: str, log: Path, model: str = "echo:tokens=2", **settings: Any):
+    def __init__(
+        self,
+        redis_url: str,
+        log: Path,
+        model: str = "echo:tokens=2",
+        script: str = SERVE,
+        **settings: Any,
+    ):
         environment = {f"BATCHMILL_{name.upper()}": str(value) for name, value in settings.items()}
         environment |= {"REDIS_URL": redis_url, "BATCHMILL_MODEL": model}
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE],
+            [sys.executable, "-c", script],
             env={**os.environ, **environment},
             stderr=log.open("ab"),
             cwd=Path(__file__).parent.parent,
@@ -94,13 +101,14 @@ def submit(
     fields = {"queue": queue, "total": len(prompts), "chunk_size": chunk_size}
     connection.hset(RunKeys.of(run).hash, mapping={**fields, "submitted": len(prompts)})
     requests = [
-        (i, GenerationRequest(id=f"id-{i}", prompt=text, sampling={"max_tokens": max_tokens}))
+        GenerationRequest(id=f"id-{i}", prompt=text, sampling={"max_tokens": max_tokens})
         for i, text in enumerate(prompts)
     ]
     job_ids = []
+    items = [(i, request_json(request)) for i, request in enumerate(requests)]
     for start in range(0, len(requests), chunk_size):
         job_id = chunk_job_id(run, start // chunk_size)
-        call = template.call(job_id, run, requests[start : start + chunk_size])
+        call = template.call(job_id, run, items[start : start + chunk_size])
         assert enqueue(keys=call.keys, args=call.args) == 1
         job_ids.append(job_id)
     return job_ids

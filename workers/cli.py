@@ -26,77 +26,21 @@ from queue_api.command_line import (
 from queue_api.datasets import DEFAULT_WINDOW
 from queue_api.schemas import SamplingParams
 from queue_api.settings import QueueSettings
+from workers.engine_options import EngineFlags, plan_engine_options, worker_engine_options
 from workers.engines import engine_config, require_packages
 from workers.offline import OfflineRun, run_offline
 from workers.report import sample_table, summary_table
-from workers.settings import DEMO_MODEL, WorkerSettings
+from workers.settings import WorkerSettings
 from workers.worker import run_worker
 
 __all__ = ["main"]
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A local folder, a Hub id, or `demo`: the toy that comes with batchmill. "
-        f"Default: $BATCHMILL_MODEL or {DEMO_MODEL}.",
-        show_default=False,
-    ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
-]
-Stages = Annotated[
-    str | None,
-    typer.Option(
-        help="A device per stage, in order, such as cpu,cpu or cuda:0,cpu. "
-        "Default: $BATCHMILL_STAGES or cpu.",
-        show_default=False,
-    ),
-]
-Partition = Annotated[
-    str | None,
-    typer.Option(
-        help="How layers are shared out: uniform, memory, compute, mixed or custom (uniform).",
-        show_default=False,
-    ),
-]
-LayerBounds = Annotated[
-    str | None,
-    typer.Option(
-        help="custom: the first layer of every stage but the first, such as 3,6.",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default=False)
-]
-MaxNumSeqs = Annotated[
-    int | None, typer.Option(help="Requests that generate at a time (64).", show_default=False)
-]
-MaxBatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens in one forward (512).", show_default=False)
-]
-MaxModelLen = Annotated[
-    int | None,
-    typer.Option(help="Prompt and new tokens together; the model's limit.", show_default=False),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of each engine.", show_default=False)
-]
-TrustRemoteCode = Annotated[
-    bool | None,
-    typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),
-]
-
 
 @app.command()
+@worker_engine_options
 def worker(
     *,
-    model: Model = None,
-    revision: Revision = None,
-    stages: Stages = None,
-    partition: Partition = None,
-    layer_bounds: LayerBounds = None,
+    engine: EngineFlags,
     queues: Annotated[
         str | None,
         typer.Option(
@@ -108,12 +52,6 @@ def worker(
     name: Annotated[
         str | None, typer.Option(help="Its name in RQ (host and pid).", show_default=False)
     ] = None,
-    dtype: Dtype = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_batch_tokens: MaxBatchTokens = None,
-    max_model_len: MaxModelLen = None,
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = None,
     redis_url: RedisUrl = None,
 ) -> None:
     """Serve queues until told to stop.
@@ -125,17 +63,7 @@ def worker(
         redis_url=redis_url,
         queues=queues,
         name=name,
-        model=model,
-        revision=revision,
-        stages=stages,
-        partition=partition,
-        layer_bounds=layer_bounds,
-        dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens,
-        max_model_len=max_model_len,
-        num_threads=threads,
-        trust_remote_code=trust_remote_code,
+        **engine,
     )
     require_packages(settings.model)
     logging.getLogger().setLevel(settings.log_level.upper())
@@ -148,6 +76,7 @@ def worker(
 
 @app.command()
 @sampling_options
+@worker_engine_options
 def run(
     input: Annotated[  # noqa: A002 - the name shown in the help
         str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
@@ -157,20 +86,10 @@ def run(
         str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
     ],
     sampling: SamplingParams,
-    model: Model = None,
-    revision: Revision = None,
+    engine: EngineFlags,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
     ] = 1,
-    stages: Stages = None,
-    partition: Partition = None,
-    layer_bounds: LayerBounds = None,
-    dtype: Dtype = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_batch_tokens: MaxBatchTokens = None,
-    max_model_len: MaxModelLen = None,
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = None,
     run: RunId = None,
     queue: QueueName = None,
     chunk_size: ChunkSize = None,
@@ -185,23 +104,12 @@ def run(
     Each row is written once. Broken off, the same command goes on where it stopped. The
     workers serve a queue of the run's own unless --queue names one.
     """
-    flags = {
-        "model": model,
-        "revision": revision,
-        "stages": stages,
-        "partition": partition,
-        "layer_bounds": layer_bounds,
-        "dtype": dtype,
-        "max_num_seqs": max_num_seqs,
-        "max_batch_tokens": max_batch_tokens,
-        "max_model_len": max_model_len,
-        "num_threads": threads,
-        "trust_remote_code": trust_remote_code,
-    }
     # Read here as the workers will: what is wrong is said once and before anything starts.
-    settings = WorkerSettings.load(**flags)
-    flags["model"] = settings.model
-    flags["num_threads"] = settings.num_threads or _threads_each(workers)
+    settings = WorkerSettings.load(**engine)
+    flags = engine | {
+        "model": settings.model,
+        "num_threads": settings.num_threads or _threads_each(workers),
+    }
     environment = {"BATCHMILL_LOG_LEVEL": os.environ.get("BATCHMILL_LOG_LEVEL", "warning")}
     environment |= {
         f"BATCHMILL_{name.upper()}": str(value)
@@ -233,6 +141,7 @@ def run(
 
 
 @app.command()
+@plan_engine_options
 def plan(
     model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.")],
     *,
@@ -242,36 +151,17 @@ def plan(
     strategy: Annotated[
         str, typer.Option(help="uniform, memory, compute, mixed or custom.")
     ] = "uniform",
-    layer_bounds: LayerBounds = None,
+    engine: EngineFlags,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the devices, then load and run the stages.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_batch_tokens: MaxBatchTokens = None,
-    max_model_len: MaxModelLen = None,
-    threads: Threads = None,
-    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Show which layers would run where, and what that takes; loads no weights.
 
     With --measure the stages are loaded and run, and what they took stands beside the prediction.
     """
-    settings = WorkerSettings.load(
-        model=model,
-        stages=devices,
-        partition=strategy,
-        layer_bounds=layer_bounds,
-        revision=revision,
-        dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        max_batch_tokens=max_batch_tokens,
-        max_model_len=max_model_len,
-        num_threads=threads,
-        trust_remote_code=trust_remote_code,
-    )
+    settings = WorkerSettings.load(model=model, stages=devices, partition=strategy, **engine)
     require_packages(settings.model)
     from workers.plan import make_plan, plan_table
 

@@ -17,7 +17,12 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 from queue_api.errors import EngineError
-from queue_api.schemas import FinishReason, GenerationRequest, TokenLogprobs
+from queue_api.schemas import (
+    FinishReason,
+    GenerationRequest,
+    StructuredOutputStatus,
+    TokenLogprobs,
+)
 
 __all__ = ["Completion", "Engine", "EngineLoop", "Refusal"]
 
@@ -42,6 +47,13 @@ class Completion(Protocol):
     first_token_at: float | None
     finished_at: float | None
     stage_s: list[float]
+    structured_output: StructuredOutputStatus | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
+
+    @property
+    def samples(self) -> Sequence[Completion]:
+        """All samples where the request asks for several."""
+        ...
 
 
 class Engine(Protocol):
@@ -65,6 +77,10 @@ class Engine(Protocol):
         """New tokens so far of what is running; copies, for they go to another thread."""
         ...
 
+    def describe_work(self) -> str:
+        """What it has done so far, in a line for the log."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -85,6 +101,9 @@ class Refusal:
     first_token_at: float | None = None
     finished_at: float | None = field(default_factory=time.perf_counter)
     stage_s: list[float] = field(default_factory=list)
+    structured_output: StructuredOutputStatus | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    samples: Sequence[Completion] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +248,7 @@ class EngineLoop:
 
     def _close(self) -> None:
         try:
+            logger.info("engine closes after %s", self.engine.describe_work())
             self.engine.close()
         except Exception:
             logger.exception("engine didn't close cleanly")

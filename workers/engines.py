@@ -40,6 +40,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         max_model_len=settings.max_model_len,
+        prefix_caching=settings.prefix_caching,
         num_threads=settings.num_threads,
         trust_remote_code=settings.trust_remote_code,
     )

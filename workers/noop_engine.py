@@ -12,8 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from queue_api.errors import ConfigurationError, PromptTooLongError
-from queue_api.schemas import FinishReason, GenerationRequest, TokenLogprobs
+from queue_api.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnsupportedRequestError,
+)
+from queue_api.schemas import (
+    FinishReason,
+    GenerationRequest,
+    StructuredOutputStatus,
+    TokenLogprobs,
+)
 
 __all__ = ["ECHO_PREFIX", "EchoEngine"]
 
@@ -38,6 +48,9 @@ class EchoCompletion:
     finished_at: float | None
     logprobs: list[TokenLogprobs] | None = None
     stage_s: list[float] = field(default_factory=list)
+    structured_output: StructuredOutputStatus | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    samples: Sequence[EchoCompletion] = ()
 
 
 @dataclass(slots=True)
@@ -106,6 +119,10 @@ class EchoEngine:
         generated: Sequence[int] = (),
         seed_key: str | None = None,  # noqa: ARG002  nothing is drawn here
     ) -> None:
+        if request.sampling.n > 1:
+            raise InvalidRequestError(f"'n' is {request.sampling.n}: an echo has one sample")
+        if request.sampling.structured_outputs is not None:
+            raise UnsupportedRequestError("'structured_outputs': an echo has the prompt's form")
         words = _words(request)
         if len(words) > MAX_PROMPT_WORDS:
             raise PromptTooLongError(
@@ -164,6 +181,9 @@ class EchoEngine:
             first_token_at=echo.first_token_at,
             finished_at=time.perf_counter(),
         )
+
+    def describe_work(self) -> str:
+        return "echoing"
 
     def close(self) -> None:
         self._waiting.clear()

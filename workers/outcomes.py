@@ -9,6 +9,7 @@ from typing import Any
 
 from queue_api.schemas import (
     MAX_ID_CHARS,
+    CompletionOutput,
     ErrorDetail,
     GenerationRequest,
     GenerationResult,
@@ -69,18 +70,44 @@ def result_of(
     :param about: id, run, index, model, model_revision, worker, attempt
     """
     with_tokens = request is not None and request.return_token_ids
-    return GenerationResult(
+    fields: dict[str, Any] = {
         **about,
-        text=completion.text,
-        token_ids=list(completion.token_ids) if with_tokens else None,
-        logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
-        prompt_tokens=completion.prompt_tokens,
-        completion_tokens=completion.completion_tokens,
-        error=error,
-        timings=timings_of(completion, enqueued_at),
-        metadata=request.metadata if request is not None else {},
-    )
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "timings": timings_of(completion, enqueued_at),
+    }
+    # what is left out isn't written either: most results have none of these
+    if with_tokens:
+        fields["token_ids"] = list(completion.token_ids)
+    if completion.logprobs is not None:
+        fields["logprobs"] = completion.logprobs
+    if completion.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = completion.prompt_logprobs
+    if completion.structured_output is not None:
+        fields["structured_output"] = completion.structured_output
+    if completion.samples:
+        fields["outputs"] = _outputs(completion, with_tokens=with_tokens)
+    if error is not None:
+        fields["error"] = error
+    if request is not None and request.metadata:
+        fields["metadata"] = request.metadata
+    return GenerationResult(**fields)
+
+
+def _outputs(completion: Completion, *, with_tokens: bool) -> list[CompletionOutput]:
+    return [
+        CompletionOutput(
+            index=index,
+            text=sample.text,
+            token_ids=list(sample.token_ids) if with_tokens else None,
+            logprobs=sample.logprobs,
+            structured_output=sample.structured_output,
+            finish_reason=sample.finish_reason,
+        )
+        for index, sample in enumerate(completion.samples)
+    ]
 
 
 def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
@@ -97,16 +124,20 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
     decode_s = max(0.0, ended_at - first_at)
     publish_s = max(0.0, now_s - ended_at)
     num_tokens = completion.completion_tokens
-    return JobTimings(
-        queue_s=queue_s,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-        publish_s=publish_s,
-        total_s=queue_s + prefill_s + decode_s + publish_s,
-        time_to_first_token_s=queue_s + prefill_s if completion.first_token_at else None,
-        inter_token_s=decode_s / (num_tokens - 1) if num_tokens > 1 else None,
-        stage_s=completion.stage_s,
-    )
+    fields: dict[str, Any] = {
+        "queue_s": queue_s,
+        "prefill_s": prefill_s,
+        "decode_s": decode_s,
+        "publish_s": publish_s,
+        "total_s": queue_s + prefill_s + decode_s + publish_s,
+    }
+    if completion.first_token_at:
+        fields["time_to_first_token_s"] = queue_s + prefill_s
+    if num_tokens > 1:
+        fields["inter_token_s"] = decode_s / (num_tokens - 1)
+    if completion.stage_s:
+        fields["stage_s"] = completion.stage_s
+    return JobTimings(**fields)
 
 
 def request_id(item: object, fallback: str) -> str:

@@ -15,7 +15,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.costs import DECODE, PREFILL, CostModel, kind_of, plan_model
 from engine.engine import check_devices, length_limit
-from engine.measure import device_speed, measure_stages
+from engine.measure import device_speed, measure_stages, speed_of_layers
 from engine.memory import CACHE_SHARE, available_bytes
 from engine.partition import PartitionPlan, StageSpec
 from engine.sizes import ModelSizes
@@ -94,6 +94,13 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     if measure:
         torch.set_num_threads(num_threads)
         speeds = {name: device_speed(name, dtype, sizes) for name in set(config.devices)}
+        costs = dataclasses.replace(costs, speeds=speeds)
+        speeds = {
+            name: speed_of_layers(
+                checkpoint, model_config, costs, name, dtype, trust_remote_code=trust
+            )
+            for name in speeds
+        }
         costs = dataclasses.replace(costs, speeds=speeds)
     plan = plan_model(config, costs, limit)
     slots = _cache_slots(config, plan, costs, limit)

@@ -1,24 +1,27 @@
 """Writes what the engine completed: results first, then the jobs they belong to.
 
-Whatever piles up while one round trip is under way goes with the next, so an idle worker
-answers at once and a busy one writes hundreds at a time. When Redis is away all is kept and
-written later; both scripts may run twice without harm.
+An idle worker answers at once. While the engine has more to do, what it completes is gathered for
+a moment, and whatever piles up while one round trip is under way goes with the next. When Redis is
+away all is kept and written later; both scripts may run twice without harm.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
+from typing import Any
 
 import redis.asyncio as aredis
 from redis.exceptions import ResponseError
 
 from queue_api.connection import PASSING
-from queue_api.runs import RunKeys, emit_args
+from queue_api.runs import RunKeys, result_args
 from queue_api.schemas import GenerationResult
 from workers.leases import Lease, Leases
 from workers.scripts import ScriptCall, Scripts
@@ -30,6 +33,11 @@ logger = logging.getLogger(__name__)
 MOST_RESULTS_PER_FLUSH = 2000
 MOST_RESULTS_PER_CALL = 500
 RETRY_S = 0.5
+GATHER_S = 0.03
+"""From one round trip to the next while the engine has more to do: it delays the end of a job by
+no more than about a step of a model, and spares a worker of many small steps most round trips."""
+GATHER_PARTS_S = 0.1
+"""The same for results of jobs that haven't ended: who sent many at once waits for the rest."""
 
 LOST, LEFT_TO_RQ, RESULTS_LOST = 0, 2, 3
 
@@ -45,14 +53,14 @@ class Unwritten:
     """Builds it when it is written, for it tells how long that took."""
 
 
-def _made(unwritten: Unwritten) -> GenerationResult:
+def _made(unwritten: Unwritten) -> tuple[str | int, ...]:
+    """What emit.lua takes of it."""
     try:
-        return unwritten.make()
+        return result_args(unwritten.make())
     except ValueError as error:  # pydantic's are; one odd result mustn't hold up all others
         logger.exception("a result of run %s can't be built", unwritten.run)
-        return GenerationResult.failed(
-            unwritten.id, error, run=unwritten.run, index=unwritten.index
-        )
+        run, index = unwritten.run, unwritten.index
+        return result_args(GenerationResult.failed(unwritten.id, error, run=run, index=index))
 
 
 @dataclass(slots=True)
@@ -85,6 +93,9 @@ class Publisher:
         self._callbacks: list[Callable[[], None]] = []
         self._needless: list[str] = []
         self._dirty = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._has_endings = asyncio.Event()
+        self._wrote_at = float("-inf")
         self._clean = asyncio.Event()
         self._clean.set()
 
@@ -103,17 +114,20 @@ class Publisher:
         :param answered: indexes of the run that have results
         """
         self._endings.append(_Ending(lease, return_value, run, answered))
+        self._has_endings.set()
         self._touch()
 
     def release(self, lease: Lease) -> None:
         """Give a job back, after the results given so far."""
         self._endings.append(_Ending(lease, None))
         self._touch()
+        self.hurry()
 
     def then(self, callback: Callable[[], None]) -> None:
         """Call back once the results given so far are in Redis."""
         self._callbacks.append(callback)
         self._touch()
+        self.hurry()
 
     def delete_after_results(self, keys: Iterable[str]) -> None:
         """Delete keys that the results given so far make needless."""
@@ -122,7 +136,27 @@ class Publisher:
 
     async def flushed(self) -> None:
         """Wait until everything is written, however long Redis is away."""
+        self.hurry()
         await self._clean.wait()
+
+    def hurry(self) -> None:
+        """Write what there is at once: nothing more will come soon."""
+        self._urgent.set()
+        self._has_endings.set()
+
+    async def _gather(self) -> None:
+        """Wait for more to write along, unless it is urgent or the last write is long past."""
+        await self._wait_since_write(self._has_endings, GATHER_PARTS_S)
+        await self._wait_since_write(self._urgent, GATHER_S)
+        self._urgent.clear()
+
+    async def _wait_since_write(self, event: asyncio.Event, pause_s: float) -> None:
+        left_s = self._wrote_at + pause_s - time.monotonic()
+        if left_s > 0:
+            # not wait_for: that of Python 3.11 may swallow a cancellation
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await event.wait()
 
     def _touch(self) -> None:
         self._clean.clear()
@@ -140,7 +174,9 @@ class Publisher:
         self._on_ended = on_ended
         while True:
             await self._dirty.wait()
+            await self._gather()
             self._dirty.clear()
+            self._has_endings.clear()
             try:
                 await self._flush()
             except PASSING as error:
@@ -152,6 +188,7 @@ class Publisher:
                 )
                 self._dirty.set()
                 await asyncio.sleep(RETRY_S)
+            self._wrote_at = time.monotonic()
             if self._results or self._endings or self._callbacks or self._needless:
                 self._dirty.set()
             else:
@@ -159,13 +196,10 @@ class Publisher:
 
     async def _flush(self) -> None:
         endings, callbacks, needless = self._endings[:], self._callbacks[:], self._needless[:]
-        while self._results:
-            batch = self._results[:MOST_RESULTS_PER_FLUSH]
-            await self._write_results(batch)
-            del self._results[: len(batch)]
-        if endings:
-            await self._write_endings(endings)
-            del self._endings[: len(endings)]
+        while len(self._results) > MOST_RESULTS_PER_FLUSH:
+            await self._write(self._results[:MOST_RESULTS_PER_FLUSH], [])
+        if self._results or endings:
+            await self._write(self._results[:], endings)
         if needless:
             await self._connection.unlink(*needless)
             del self._needless[: len(needless)]
@@ -173,16 +207,36 @@ class Publisher:
             callback()
         del self._callbacks[: len(callbacks)]
 
-    async def _write_results(self, batch: list[Unwritten]) -> None:
+    async def _write(self, results: list[Unwritten], endings: list[_Ending]) -> None:
+        """Results and then the ends of their jobs, in one round trip.
+
+        Should results not be written, finish.lua doesn't end a job that needs them.
+        """
+        emits = self._emits(results)
+        replies = await self._scripts.call_many([*emits, *map(self._end_call, endings)])
+        self._check_written(emits, replies)
+        del self._results[: len(results)]
+        ends = replies[len(emits) :]
+        for reply in ends:
+            if isinstance(reply, PASSING) or not isinstance(reply, int | ResponseError):
+                raise reply
+        for ending, reply in zip(endings, ends, strict=True):
+            self._settle(ending, reply)
+        del self._endings[: len(endings)]
+
+    def _emits(self, batch: list[Unwritten]) -> list[ScriptCall]:
         calls: list[ScriptCall] = []
         by_run = groupby(sorted(batch, key=lambda unwritten: unwritten.run), lambda one: one.run)
         for run, group in by_run:
             results = [_made(unwritten) for unwritten in group]
             for start in range(0, len(results), MOST_RESULTS_PER_CALL):
                 part = results[start : start + MOST_RESULTS_PER_CALL]
-                calls.append(("emit", RunKeys.of(run), emit_args(part, self._run_ttl_s)))
-        replies = await self._scripts.call_many(calls)
-        for (_, keys, _), reply in zip(calls, replies, strict=True):
+                args = [self._run_ttl_s, *chain.from_iterable(part)]
+                calls.append(("emit", RunKeys.of(run), args))
+        return calls
+
+    def _check_written(self, emits: list[ScriptCall], replies: list[Any]) -> None:
+        for (_, keys, _), reply in zip(emits, replies, strict=False):
             if isinstance(reply, PASSING):
                 raise reply
             if isinstance(reply, ResponseError):
@@ -191,21 +245,11 @@ class Publisher:
             elif isinstance(reply, Exception):
                 raise reply
 
-    async def _write_endings(self, endings: list[_Ending]) -> None:
-        calls = [
-            self._leases.releasing(ending.lease)
-            if ending.return_value is None
-            else self._leases.finishing(
-                ending.lease, b64encode(ending.return_value), ending.run, ending.answered
-            )
-            for ending in endings
-        ]
-        replies = await self._scripts.call_many(calls)
-        for reply in replies:
-            if isinstance(reply, PASSING) or not isinstance(reply, int | ResponseError):
-                raise reply
-        for ending, reply in zip(endings, replies, strict=True):
-            self._settle(ending, reply)
+    def _end_call(self, ending: _Ending) -> ScriptCall:
+        if ending.return_value is None:
+            return self._leases.releasing(ending.lease)
+        value = b64encode(ending.return_value)
+        return self._leases.finishing(ending.lease, value, ending.run, ending.answered)
 
     def _settle(self, ending: _Ending, reply: int | ResponseError) -> None:
         if isinstance(reply, ResponseError):
@@ -220,5 +264,5 @@ class Publisher:
             self.release(ending.lease)
             return
         if reply == LOST:
-            logger.warning("job %s ended here, but its lease was lost", ending.lease.job_id)
+            logger.info("job %s ended here, but its lease was lost", ending.lease.job_id)
         self._on_ended(ending.lease)

@@ -49,26 +49,18 @@ def _tokens_per_s(progress: Progress) -> float:
     return progress.completion_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
 
 
-class _Eta:
-    """Time left, from the rows done since this process began."""
-
-    def __init__(self) -> None:
-        self._resumed: int | None = None
-
-    def text(self, progress: Progress) -> str:
-        if self._resumed is None:
-            self._resumed = progress.done
-        new = progress.done - self._resumed
-        if progress.total is None or not new:
-            return "ETA -"
-        left_s = round((progress.total - progress.done) * progress.elapsed_s / new)
-        return f"ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+def _time_left(progress: Progress) -> str:
+    """From the rows done since this process began; nothing where there are none to tell by."""
+    new = progress.done - progress.resumed
+    if progress.total is None or not new:
+        return ""
+    left_s = round((progress.total - progress.done) * progress.elapsed_s / new)
+    return f"  ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
 
 
 class _LiveBar:
     def __init__(self, bar: RichProgress) -> None:
         self._bar = bar
-        self._eta = _Eta()
         self._task = bar.add_task("starting workers", total=None, speed="", left="")
 
     def update(self, progress: Progress) -> None:
@@ -78,19 +70,17 @@ class _LiveBar:
             completed=progress.done,
             total=progress.total,
             speed=f"{_tokens_per_s(progress):,.0f} tokens/s",
-            left=self._eta.text(progress) + _errors(progress),
+            left=(_time_left(progress) + _errors(progress)).lstrip(),
         )
 
 
 class _PlainLines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._eta = _Eta()
         self._due_at = 0.0
         self._finished = False
 
     def update(self, progress: Progress) -> None:
-        eta = self._eta.text(progress)
         finished = progress.total is not None and progress.done >= progress.total
         if self._finished or (time.monotonic() < self._due_at and not finished):
             return
@@ -98,7 +88,8 @@ class _PlainLines:
         self._due_at = time.monotonic() + PLAIN_EVERY_S
         total = "?" if progress.total is None else progress.total
         self._console.print(
-            f"{progress.done}/{total} rows  {_tokens_per_s(progress):,.0f} tokens/s  {eta}"
+            f"{progress.done}/{total} rows  {_tokens_per_s(progress):,.0f} tokens/s"
+            + _time_left(progress)
             + _errors(progress),
             highlight=False,
         )

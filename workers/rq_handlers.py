@@ -90,7 +90,7 @@ class RQHandlers:
     def _held(self, lease: Lease) -> Job | None:
         """The job as it stands now, if its lease is still ours and it can be read."""
         if self._connection.zscore(_registry_key(lease), lease.composite) is None:
-            logger.warning("job %s ended here, but its lease was lost", lease.job_id)
+            logger.info("job %s ended here, but its lease was lost", lease.job_id)
             return None
         try:
             job = GenerateJob.fetch(lease.job_id, self._connection, self._worker.serializer)

@@ -173,6 +173,8 @@ class Runner:
             error = None if completion.error is None else ErrorDetail.of(completion.error)
             self._end(active, completion, error)
             self._finish_if_done(job)
+        if not self._requests:
+            self._publisher.hurry()
         self.freed.set()
 
     def on_progress(self, progress: Mapping[str, Sequence[int]]) -> None:
@@ -213,15 +215,16 @@ class Runner:
         job.left.pop(active.index, None)
         job.answered.add(active.index)
         self._forget_partial([active.place])
-        about = {
+        about: dict[str, object] = {
             "id": active.id,
             "run": job.run,
             "index": active.index,
             "model": self._engine.engine.model_name,
-            "model_revision": self._engine.engine.model_revision,
             "worker": self._worker_name,
             "attempt": job.lease.attempt,
         }
+        if (revision := self._engine.engine.model_revision) is not None:
+            about["model_revision"] = revision
         make = partial(result_of, completion, error, active.request, job.enqueued_at, about)
         if job.run is None:
             job.results.append(make())

@@ -47,6 +47,8 @@ class WorkerSettings(EnvironmentSettings):
     """Tokens in one forward."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Prompt and new tokens together; the model's own limit when unset."""
+    prefix_caching: bool = True
+    """Compute what texts begin with alike once."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the engine."""
     trust_remote_code: bool = False

@@ -6,18 +6,20 @@ import asyncio
 import logging
 import os
 import socket
+from typing import Any
 from uuid import uuid4
 
 import redis
 from rq.worker.base import BaseWorker, WorkerStatus
 
 from queue_api.connection import CONNECTION_LOST, check_server, connect, friendly
-from queue_api.errors import ConfigurationError
 from queue_api.jobs import GenerateJob, GenerateQueue
 from workers.engine_loop import Engine
 from workers.engines import load_engine
 from workers.maintenance import Maintenance
+from workers.process_identity import own_identity
 from workers.reclaim import Reclaimer
+from workers.registration import PROCESS, register
 from workers.rq_handlers import RQHandlers
 from workers.service import Service
 from workers.settings import WorkerSettings
@@ -62,6 +64,12 @@ class BatchWorker(BaseWorker):
         """RQ would raise the socket timeout above its blocking reads; here are none."""
         return connection
 
+    def serialize(self) -> dict[str, Any]:
+        """What RQ's tools read, and what tells a successor that this process is gone."""
+        fields: dict[str, Any] = super().serialize()
+        identity = own_identity()
+        return fields if identity is None else {**fields, PROCESS: identity}
+
     def subscribe(self) -> None:
         """RQ would start a thread; see listen_for_commands."""
 
@@ -71,14 +79,9 @@ class BatchWorker(BaseWorker):
     def serve(self) -> int:
         """Serve until told to stop; returns the exit code, 0 after a drain.
 
-        :raises ConfigurationError: a live worker has this name
+        If a worker of this name may live, waits until it is gone.
         """
-        try:
-            self.register_birth()  # type: ignore[no-untyped-call]
-        except ValueError:
-            raise ConfigurationError(
-                f"a worker named {self.name!r} is alive; choose another BATCHMILL_NAME"
-            ) from None
+        register(self, self.connection)
         self.set_state(WorkerStatus.STARTED)
         logger.info("worker %s serves %s", self.name, ", ".join(self.queue_names()))
         try:

@@ -46,6 +46,12 @@ class MeteredEngine(EchoEngine):
         self.num_done = 0
         self.wall_s = self.cpu_s = 0.0
 
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        before = time.thread_time()
+        super().add(*args, **kwargs)
+        if self._first is not None:
+            self.own_cpu_s += time.thread_time() - before
+
     def step(self) -> list[EchoCompletion]:
         # to the beat, so that the rate holds whatever the step itself takes
         now = time.perf_counter()
