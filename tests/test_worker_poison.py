@@ -62,8 +62,9 @@ def test_retry_intervals_are_kept(connection, start_worker):
     start_worker(FAILING)
     queue = Queue(QUEUE, connection=connection, serializer="json")
     job = queue.enqueue(GENERATE, prompt="poison", retry=Retry(max=2, interval=[60, 60]))
-    until(lambda: job.get_status() == "scheduled")
     registry = ScheduledJobRegistry(QUEUE, connection, serializer="json")
+    until(lambda: job.id in registry.get_job_ids())  # RQ sets the status before it schedules
+    assert job.get_status() == "scheduled"
     assert registry.get_scheduled_time(job).timestamp() > time.time() + 30
 
 
