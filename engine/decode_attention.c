@@ -9,22 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* e^x for x <= 0, to within 2 units in the last place: Cephes' expf, which vectorizes. */
-static inline float exp_negative(float x)
-{
-    x = x < -87.0f ? -87.0f : x;
-    float n = (float)(int32_t)(x * 1.44269504f - 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
-    return p * power.f;
-}
+#include "exponential.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -46,7 +31,7 @@ static float weigh(float *scores, int64_t length)
         top = scores[j] > top ? scores[j] : top;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < length; j++) {
-        scores[j] = exp_negative(scores[j] - top);
+        scores[j] = exponential(scores[j] - top);
         sum += scores[j];
     }
     return sum;

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.fused_layers import fused_layers
+
 __all__ = ["CacheCopy", "KVPool", "KVShape", "SlotAllocator"]
 
 
@@ -49,6 +51,8 @@ class KVPool:
         dtype: torch.dtype,
     ) -> None:
         self.num_slots = num_slots
+        is_plain = device.type == "cpu" and dtype == torch.float32
+        self._fused = fused_layers() if is_plain else None
         # Uninitialized: on a CPU, memory that no token has used stays untouched by the system.
         self.keys = [
             torch.empty(s.num_heads, num_slots, s.key_size, device=device, dtype=dtype)
@@ -64,8 +68,11 @@ class KVPool:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens' `key` and `value` [Hkv, T, D]; return the layer's whole K and V."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(1, slots, key)
-        values.index_copy_(1, slots, value)
+        for pool, rows in ((keys, key), (values, value)):
+            if self._fused is not None and rows.stride(2) == 1:
+                self._fused.write_slots(rows, slots, pool)
+            else:
+                pool.index_copy_(1, slots, rows)
         return keys, values
 
     def copy(self, copies: Iterable[CacheCopy]) -> None:

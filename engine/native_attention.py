@@ -1,48 +1,25 @@
-"""`decode_attention.c`, compiled for this machine's CPU once, and called with checked arguments.
+"""`decode_attention.c`, called with checked arguments.
 
-A batch's single new tokens otherwise cost one SDPA call per sequence and layer. Without a C
-compiler everything runs as well, only slower; the log says so once. `CC` names the compiler, as
-it does for other builds, so `CC=false` does without.
+A batch's single new tokens otherwise cost one SDPA call per sequence and layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
+from engine.native_library import native_library
+
 __all__ = ["DecodeAttention", "decode_attention"]
-
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_name("decode_attention.c")
-# No -ffast-math: a library linked with it changes how the whole process treats tiny numbers.
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-]
-BUILD_TIMEOUT_S = 60
 
 
 class DecodeAttention:
     """Attention of a batch's single new tokens, over the keys and values of one layer's pool."""
 
-    def __init__(self, library: Path) -> None:
-        self._function = ctypes.CDLL(str(library)).attend_decodes
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._function = library.attend_decodes
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         self._function.argtypes = [
             *(pointer, size, size, pointer, pointer, pointer),
@@ -101,52 +78,6 @@ class DecodeAttention:
 
 @functools.cache
 def decode_attention() -> DecodeAttention | None:
-    """The compiled function; None where it can't be had. The log says which, once.
-
-    The check of a stage that loads asks for it first, so no request waits for the compiler.
-    """
-    try:
-        compiled = DecodeAttention(_library())
-    except (OSError, subprocess.SubprocessError, AttributeError) as problem:
-        logger.warning(
-            "no compiled attention, decoding is slower (%s); install a C compiler such as gcc",
-            problem,
-        )
-        return None
-    logger.info("single new tokens: compiled attention")
-    return compiled
-
-
-def _library() -> Path:
-    """The compiled library's path, kept in the user's cache from the first use on.
-
-    Named by everything that it is made from, the CPU included: a home may be shared by machines.
-    """
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    parts = (SOURCE.read_bytes(), shlex.join([*compiler, *FLAGS]).encode(), _cpu())
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchmill"
-    library = cache / f"decode_attention-{name}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Renamed once whole, so processes that start together can't load half a file.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / "built.so"
-            subprocess.run(
-                [*compiler, *FLAGS, str(SOURCE), "-o", str(built)],
-                check=True,
-                capture_output=True,
-                timeout=BUILD_TIMEOUT_S,
-            )
-            built.replace(library)
-    return library
-
-
-def _cpu() -> bytes:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    wanted = (b"model name", b"flags", b"Features", b"CPU part")
-    return b"\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    """The compiled function; None where it can't be had."""
+    library = native_library("decode_attention")
+    return None if library is None else DecodeAttention(library)

@@ -25,6 +25,7 @@ from engine.attention import ATTENTION_NAME, AttentionCall, attending
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs, hidden_place
+from engine.fused_layers import fuse_layers
 from engine.kv_cache import KVPool, KVShape
 from engine.packed_linear import can_pack, pack_linears
 from engine.partition import StageSpec
@@ -246,6 +247,7 @@ class Stage:
             ) from problem
         if pack_weights:
             pack_linears(self.model)
+            fuse_layers(self.model)
         reasons: list[str] = []
         modes: tuple[tuple[Literal["packed", "single"], bool], ...]
         modes = (("packed", False), ("single", False), ("single", True))

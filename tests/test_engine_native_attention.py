@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import native_attention
 from engine.native_attention import DecodeAttention, decode_attention
 
 SLOTS = 40
@@ -65,16 +62,3 @@ def test_other_dtypes_and_gaps_are_left_to_pytorch():
     assert not DecodeAttention.takes(query.bfloat16(), keys.bfloat16(), values.bfloat16())
     assert not DecodeAttention.takes(query[..., ::2], keys[..., :4], values)
     assert not DecodeAttention.takes(query, keys[:, ::2], values[:, ::2])
-
-
-def test_without_a_compiler_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for compiler in ("false", "no-such-compiler"):
-        monkeypatch.setenv("CC", compiler)
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, native_attention.__name__):
-            assert decode_attention.__wrapped__() is None
-        assert "no compiled attention" in caplog.text
-    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,229 @@
+"""`fused_layers.c` in place of what a model's layers do between their matrix products.
+
+Norms, gates and rotations as the models write them are five to ten operators each, all of which
+read and write whole activations; fused they read and write them once. A part of a model is
+replaced only if the fused one gives what the part itself gives on random numbers, and the check of
+a stage that loads then compares the model's whole output. The model's classes aren't touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from engine.native_library import native_library
+from engine.packed_linear import PackedLinear
+
+__all__ = ["FusedLayers", "FusedRMSNorm", "fuse_layers", "fused_layers"]
+
+ROTATION = "apply_rotary_pos_emb"
+"""The function that transformers' attention modules rotate query and key with."""
+_TOLERANCE = 1e-5
+
+
+class FusedLayers:
+    """The functions of `fused_layers.c`; all tensors are float32 on a CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._rms_norm = library.rms_norm
+        self._rms_norm.argtypes = (pointer, pointer, pointer, size, size, ctypes.c_float, threads)
+        self._silu_gate = library.silu_gate
+        self._silu_gate.argtypes = (pointer, pointer, size, threads)
+        self._rotate = library.rotate
+        self._rotate.argtypes = (
+            *(pointer, pointer, size, size),
+            *(pointer, pointer),
+            *(size, size, size, threads),
+        )
+        self._write_slots = library.write_slots
+        self._write_slots.argtypes = (
+            *(pointer, size, size),
+            *(pointer, pointer),
+            *(size, size, size, size, threads),
+        )
+        for function in (self._rms_norm, self._silu_gate, self._rotate, self._write_slots):
+            function.restype = None
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm of `x` [..., E] times `weight` [E]."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._rms_norm(
+            *(x.data_ptr(), weight.data_ptr(), out.data_ptr()),
+            *(x.numel() // size, size, eps, torch.get_num_threads()),
+        )
+        return out
+
+    def silu_gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, written into `gate`; of one shape, both contiguous."""
+        self._silu_gate(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
+        return gate
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """Rotary positions for `x` [1, H, T, D] that `can_rotate` accepts with [1, T, D]."""
+        out = torch.empty_like(x)  # of the same strides
+        _, num_heads, num_tokens, size = x.shape
+        self._rotate(
+            *(x.data_ptr(), out.data_ptr(), x.stride(1), x.stride(2)),
+            *(cosine.data_ptr(), sine.data_ptr(), num_heads, num_tokens, size),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def write_slots(self, rows: torch.Tensor, slots: torch.Tensor, pool: torch.Tensor) -> None:
+        """Write `rows` [H, T, D] to `slots` [T] of `pool` [H, S, D], which is contiguous.
+
+        The caller vouches for the slots.
+        """
+        num_heads, num_tokens, size = rows.shape
+        self._write_slots(
+            *(rows.data_ptr(), rows.stride(0), rows.stride(1), slots.data_ptr(), pool.data_ptr()),
+            *(num_heads, num_tokens, pool.shape[1], size, torch.get_num_threads()),
+        )
+
+
+@functools.cache
+def fused_layers() -> FusedLayers | None:
+    """The compiled functions; None where they can't be had."""
+    library = native_library("fused_layers")
+    return None if library is None else FusedLayers(library)
+
+
+def fuse_layers(model: nn.Module) -> None:
+    """Replace what can be in `model`, whose linear layers are packed already."""
+    fused = fused_layers()
+    if fused is None:
+        return
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(0)
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if (norm := _fused_norm(child, fused)) is not None:
+                    setattr(module, name, norm)
+            _fuse_gate(module, fused)
+            _fuse_rotation(module, fused)
+
+
+# --------------------------------------------------------------------------------------- norms
+
+
+class FusedRMSNorm(nn.Module):
+    """Computes what a model's own RMS norm does, on a CPU in float32."""
+
+    def __init__(
+        self, weight: nn.Parameter, scale: torch.Tensor, eps: float, fused: FusedLayers
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.variance_epsilon = eps
+        self._scale = scale
+        self._fused = fused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [..., E] to the same shape."""
+        return self._fused.rms_norm(x, self._scale, self.variance_epsilon)
+
+
+def _fused_norm(norm: nn.Module, fused: FusedLayers) -> FusedRMSNorm | None:
+    """Its fused twin, if it is a norm that has one: by the weight, or by one more, as Gemma's."""
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if "RMSNorm" not in type(norm).__name__ or not isinstance(weight, nn.Parameter):
+        return None
+    if not isinstance(eps, float) or weight.dim() != 1 or weight.dtype != torch.float32:
+        return None
+    x = torch.randn(3, len(weight))
+    for scale in (weight.detach(), weight.detach() + 1):
+        twin = FusedRMSNorm(weight, scale, eps, fused)
+        if _same(lambda: norm(x), twin(x)):
+            return twin
+    return None
+
+
+# --------------------------------------------------------------------------------------- gates
+
+
+def _fuse_gate(mlp: nn.Module, fused: FusedLayers) -> None:
+    """Gate in place what a gated layer's products, which nobody else has, come to."""
+    products = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(isinstance(product, PackedLinear) for product in products):
+        return
+    gate, up, down = cast(list[PackedLinear], products)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, down(fused.silu_gate(gate(x), up(x))))
+
+    x = torch.randn(1, 3, gate.in_features)
+    if gate.out_features == up.out_features and _same(lambda: mlp(x), forward(x)):
+        mlp.forward = forward
+
+
+# ----------------------------------------------------------------------------------- rotations
+
+
+def _fuse_rotation(attention: nn.Module, fused: FusedLayers) -> None:
+    """Let one module's forward, as it is written, find our rotation by the name of its own."""
+    written = type(attention).forward
+    if not isinstance(written, types.FunctionType) or ROTATION not in written.__code__.co_names:
+        return
+    own = written.__globals__.get(ROTATION)
+    if not callable(own):
+        return
+    rotation = _rotation(own, fused)
+    q, k = torch.randn(1, 3, 2, 8).transpose(1, 2), torch.randn(1, 3, 1, 8).transpose(1, 2)
+    cosine, sine = torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    ours = rotation(q, k, cosine, sine)
+    if _same(lambda: torch.cat(own(q, k, cosine, sine), 1), torch.cat(ours, 1)):
+        forward = types.FunctionType(
+            written.__code__,
+            {**written.__globals__, ROTATION: rotation},
+            written.__name__,
+            written.__defaults__,
+            written.__closure__,
+        )
+        forward.__kwdefaults__ = written.__kwdefaults__
+        attention.forward = types.MethodType(forward, attention)
+
+
+def _rotation(own: Callable[..., Any], fused: FusedLayers) -> Callable[..., Any]:
+    def rotation(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not can_rotate(q, cos, sin) or not can_rotate(k, cos, sin):
+            return own(q, k, cos, sin, *args, **kwargs)
+        return fused.rotate(q, cos, sin), fused.rotate(k, cos, sin)
+
+    return rotation
+
+
+def can_rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+    """Whether `x` is [1, H, T, D], rows without gaps, and the others are [1, T, D] for it."""
+    return (
+        x.dim() == 4
+        and x.stride(3) == 1
+        and x.shape[3] % 2 == 0
+        and cosine.shape == sine.shape == (1, x.shape[2], x.shape[3])
+        and cosine.is_contiguous()
+        and sine.is_contiguous()
+        and x.shape[0] == 1
+        and x.dtype == cosine.dtype == sine.dtype == torch.float32
+    )
+
+
+def _same(own: Callable[[], Any], ours: torch.Tensor) -> bool:
+    """Whether the model's own part gives ours; one that can't take the numbers doesn't."""
+    try:
+        expected = own()
+    except Exception:  # any model code may fail in any way
+        return False
+    return (
+        isinstance(expected, torch.Tensor)
+        and expected.shape == ours.shape
+        and torch.allclose(expected, ours, rtol=_TOLERANCE, atol=_TOLERANCE)
+    )
