@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain, takewhile
 from typing import Any
 
 try:
@@ -253,10 +254,14 @@ class Engine:
         ended, self._ended = self._ended + failed, []
         now = time.perf_counter()
         for text in self.scheduler.admit():
-            text.admitted_at = now
+            if text.admitted_at is None:
+                text.admitted_at = now
             self.metrics.prompt_tokens += text.num_tokens
         while self.pipeline.num_in_flight < self.pipeline.capacity:
             work = self.scheduler.schedule()
+            for text in self.scheduler.take_preempted():
+                self.metrics.preemptions += 1
+                self.pipeline.release(text.number)
             if not work:
                 break
             self.pipeline.submit(ForwardBatch.pack(work, use_cache=self.config.use_cache))
@@ -335,10 +340,11 @@ class Engine:
         return max(0, self.config.max_num_seqs - self.num_running - self.num_waiting)
 
     def progress(self) -> Mapping[str, tuple[int, ...]]:
-        """New tokens so far of each running request of one sample, for checkpoints."""
+        """New tokens so far of each request of one sample that runs or ran, for checkpoints."""
+        preempted = takewhile(lambda text: text.is_preempted, self.scheduler.waiting)
         return {
             text.key: tuple(text.generated())
-            for text in self.scheduler.running
+            for text in chain(self.scheduler.running, preempted)
             if not text.is_cancelled and not self._samples.is_sample(text.key)
         }
 
@@ -347,7 +353,11 @@ class Engine:
     def _advance(self, batch: ForwardBatch, logits: torch.Tensor) -> list[Completion]:
         """Take in a micro-batch that came back: note what it computed, choose tokens, end texts."""
         self.metrics.computed_tokens += batch.num_tokens
-        self.metrics.cached_prompt_tokens += sum(copy.length for copy in batch.copies)
+        for copy in batch.copies:
+            if copy.is_move:
+                self.metrics.moved_tokens += copy.length
+            else:
+                self.metrics.cached_prompt_tokens += copy.length
         share = [seconds / len(batch.sequences) for seconds in batch.stage_s]
         for segment, text in zip(batch.segments, batch.sequences, strict=True):
             self.scheduler.computed(text, segment.count)

@@ -28,11 +28,16 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class CacheCopy:
-    """Slots `source ..` to be copied to `destination ..`; the two don't overlap."""
+    """Slots `source ..` to be copied to `destination ..`; the two don't overlap.
+
+    Those of a micro-batch are made in its order: one may write where an earlier one has read.
+    """
 
     source: int
     destination: int
     length: int
+    is_move: bool = False
+    """The source was the sequence's own range, given up for the new one."""
 
 
 class KVPool:
@@ -123,6 +128,23 @@ class SlotAllocator:
             i -= 1
             first = self._free.pop(i)[0]
         self._free.insert(i, (first, end - first))
+
+    def extend(self, first: int, length: int) -> int:
+        """Add free slots behind a range until it has `length`, or as far as they go.
+
+        :returns: the range's new length; the old one if that is `length` or more
+        :raises KeyError: if no range in use begins there
+        """
+        used = self._used[first]
+        end = first + used
+        i = bisect.bisect(self._free, (end, 0))
+        if used >= length or i == len(self._free) or self._free[i][0] != end:
+            return used
+        room = self._free[i][1]
+        taken = min(room, length - used)
+        self._free[i : i + 1] = [(end + taken, room - taken)] if room > taken else []
+        self._used[first] = used + taken
+        return used + taken
 
     def shrink(self, first: int, length: int) -> None:
         """Give back all but the first `length` (at least 1) slots of a range.

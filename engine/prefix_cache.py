@@ -6,8 +6,9 @@ text has one contiguous range of slots, so a block isn't shared but copied: byte
 
 Why a copy never reads what another text has overwritten: a source is looked up when the batch
 that copies is made, and is then held by a running text or retained. Should its slots get another
-owner right afterwards, that one writes in a later batch, and each stage runs batches in order.
-Only tokens whose batch has come back are known here, so one that failed leaves nothing behind.
+owner right afterwards, that one writes behind the copy, for each stage makes a batch's copies in
+order before it runs the batch, and runs batches in order. Only tokens whose batch has come back
+are known here, so one that failed leaves nothing behind: a text that moves is no source meanwhile.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ BLOCK = 16
 
 @dataclass(eq=False, slots=True)
 class _Range:
-    """Slots of one text, running or ended."""
+    """Slots of one text, running or ended. A text that was preempted may have several."""
 
     number: int
+    """Of the range, not of the text."""
     first_slot: int
     token_ids: npt.NDArray[np.int64]
     num_written: int = 0
@@ -56,6 +58,8 @@ class _Range:
 class PrefixCache:
     """Slots of running texts, and of ended ones for as long as nobody else needs them.
 
+    A text that was preempted counts as ended.
+
     Invariants: the index leads to block `i` of a range exactly for `i < num_known`, and
     `num_known * BLOCK <= num_written`; a claimed block is one that its owner, which runs, is going
     to compute; every range in the allocator is a running text's or retained.
@@ -63,27 +67,39 @@ class PrefixCache:
 
     def __init__(self, allocator: SlotAllocator) -> None:
         self._allocator = allocator
+        self._num_ranges = 0
         self._running: dict[int, _Range] = {}
+        """By the number of the text."""
         # The one that was of use longest ago in front.
         self._retained: OrderedDict[int, _Range] = OrderedDict()
         self._holders: dict[bytes, dict[int, _Range]] = {}
-        """By a block's hash, then by the number of the text."""
+        """By a block's hash, then by the number of the range."""
         self._claims: dict[bytes, int] = {}
-        """By a block's hash: the number of the text that is about to compute it."""
+        """By a block's hash: the number of the range whose text is about to compute it."""
 
-    def allocate(self, sequence: Sequence) -> int | None:
-        """First slot of a range for a text, at the cost of ended ones; None if there is none."""
-        first_slot = self._allocator.allocate(sequence.capacity)
-        if first_slot is None:
-            retained = sum(ended.num_written for ended in self._retained.values())
-            if self._allocator.num_free + retained < sequence.capacity:
-                return None  # Others have to end first: nothing would be won.
-        while first_slot is None and self._retained:
-            self._evict()
-            first_slot = self._allocator.allocate(sequence.capacity)
-        if first_slot is not None:
-            self._running[sequence.number] = _Range(sequence.number, first_slot, sequence.token_ids)
-        return first_slot
+    @property
+    def num_retained(self) -> int:
+        """Slots of ended texts."""
+        return sum(ended.num_written for ended in self._retained.values())
+
+    def hold(self, sequence: Sequence) -> None:
+        """Take note of the range that a text has got."""
+        self._num_ranges += 1
+        self._running[sequence.number] = _Range(
+            self._num_ranges, sequence.first_slot, sequence.token_ids
+        )
+
+    def moved(self, sequence: Sequence) -> None:
+        """Note that a text gets another range, which its next batch fills.
+
+        Until that is back others wait for its blocks, as they do for those not computed yet.
+        """
+        own = self._running[sequence.number]
+        self._forget(own)
+        own.first_slot, own.num_written, own.num_known = sequence.first_slot, 0, 0
+        for block in own.hashes:
+            if block not in self._holders:
+                self._claims.setdefault(block, own.number)
 
     def free(self, sequence: Sequence) -> None:
         """Take a range back; it is retained if it holds what no other does."""
@@ -150,8 +166,23 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget all ended texts."""
-        while self._retained:
-            self._evict()
+        while self.evict():
+            pass
+
+    def evict(self) -> bool:
+        """Free the slots of the ended text of no use for longest; False if there is none."""
+        if not self._retained:
+            return False
+        self._drop(self._retained.popitem(last=False)[1])
+        return True
+
+    def evict_at(self, first_slot: int) -> bool:
+        """Free the slots of the ended text that begins there; False if there is none."""
+        for ended in self._retained.values():
+            if ended.first_slot == first_slot:
+                self._drop(self._retained.pop(ended.number))
+                return True
+        return False
 
     def _num_held(self, blocks: list[bytes]) -> int:
         """How many of a text's blocks, from the first on, are held."""
@@ -160,14 +191,15 @@ class PrefixCache:
                 return i
         return len(blocks)
 
-    def _evict(self) -> None:
-        self._drop(self._retained.popitem(last=False)[1])
-
     def _drop(self, dropped: _Range) -> None:
         """Take a range out of the index, and free its slots."""
-        for block in dropped.hashes[: dropped.num_known]:
+        self._forget(dropped)
+        self._allocator.free(dropped.first_slot)
+
+    def _forget(self, known: _Range) -> None:
+        """Take a range out of the index."""
+        for block in known.hashes[: known.num_known]:
             holders = self._holders[block]
-            del holders[dropped.number]
+            del holders[known.number]
             if not holders:
                 del self._holders[block]
-        self._allocator.free(dropped.first_slot)

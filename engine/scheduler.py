@@ -4,17 +4,23 @@ Continuous batching: a sequence joins and leaves between any two steps. Decodes 
 prefill chunks up to the token budget. Nothing starves: sequences are admitted in the order of
 arrival, and within a micro-batch those come first that have waited longest. With a prefix cache a
 sequence that hasn't begun waits for another that is computing what both begin with.
+
+A sequence that finds no slot for its next token takes those of the last to arrive, which keeps its
+tokens and is read in again later: vLLM's preemption by recomputing (Kwon et al., "Efficient Memory
+Management for Large Language Models with PagedAttention", section 4.5). It is never taken from by a
+younger one, so the oldest always goes on, and after it the next.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 
 from engine.kv_cache import SlotAllocator
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
+from engine.slot_ranges import SlotRanges
 
 __all__ = ["Scheduler"]
 
@@ -42,9 +48,12 @@ class Scheduler:
         self.num_groups = num_groups
         self.use_cache = use_cache
         self.prefixes = prefixes
+        self._ranges = SlotRanges(allocator, prefixes, max_num_seqs)
+        # Those that were preempted in front, then the others; both in the order of arrival.
         self.waiting: deque[Sequence] = deque()
         # Ordered by when a sequence was last scheduled, the longest ago in front.
         self._running: dict[int, Sequence] = {}
+        self._given_back: list[Sequence] = []
 
     @property
     def num_running(self) -> int:
@@ -62,10 +71,8 @@ class Scheduler:
         if self._running.pop(sequence.number, None) is None:
             self.waiting.remove(sequence)
             return False
-        if self.prefixes is not None:
-            self.prefixes.free(sequence)
-        elif self.use_cache:
-            self.allocator.free(sequence.first_slot)
+        if self.use_cache:
+            self._ranges.close(sequence)
         return True
 
     def admit(self) -> list[Sequence]:
@@ -73,19 +80,17 @@ class Scheduler:
         admitted = []
         while self.waiting and len(self._running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if self.use_cache:
-                first_slot = self._allocate(sequence)
-                if first_slot is None:
-                    break  # Those behind wait too, or a long text would never get its place.
-                sequence.first_slot = first_slot
+            if self.use_cache and not self._ranges.open(sequence):
+                break  # Those behind wait too, or a long text would never get its place.
             self._running[sequence.number] = self.waiting.popleft()
+            sequence.is_preempted = False
             admitted.append(sequence)
         return admitted
 
-    def _allocate(self, sequence: Sequence) -> int | None:
-        if self.prefixes is not None:
-            return self.prefixes.allocate(sequence)
-        return self.allocator.allocate(sequence.capacity)
+    def take_preempted(self) -> list[Sequence]:
+        """Those preempted since the last call, for whatever else is kept for them."""
+        preempted, self._given_back = self._given_back, []
+        return preempted
 
     def _can_run(self, sequence: Sequence) -> bool:
         if sequence.in_flight:
@@ -108,6 +113,11 @@ class Scheduler:
         for sequence in ready:
             if budget <= 0:
                 break
+            # One before it may have preempted it, or moved what it was about to copy.
+            if sequence.number not in self._running or not self._can_run(sequence):
+                continue
+            if not self._has_room(sequence):
+                continue
             if self.prefixes is not None and sequence.num_cached == 0:
                 self.prefixes.reuse(sequence)
             if self.use_cache:
@@ -117,11 +127,36 @@ class Scheduler:
                 if work and count > budget:
                     break
             budget -= count
+            sequence.in_flight = True
             work.append((sequence, count))
         for sequence, _ in work:
-            sequence.in_flight = True
             self._running[sequence.number] = self._running.pop(sequence.number)
         return work
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """See that a sequence has slots for its tokens, if need be those of younger ones."""
+        if not self.use_cache:
+            return True
+        while not self._ranges.grow(sequence):
+            younger = [s for s in self._running.values() if s.number > sequence.number]
+            idle = [s for s in younger if not s.in_flight]
+            if younger and not idle:
+                return False  # They come back before it is looked at again.
+            victim = max(idle, key=lambda s: s.number, default=sequence)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Let a sequence that isn't in flight wait again, in front of all that never ran."""
+        del self._running[sequence.number]
+        self._ranges.close(sequence)
+        sequence.num_cached = 0
+        sequence.is_preempted = True
+        self._given_back.append(sequence)
+        older = takewhile(lambda s: s.is_preempted and s.number < sequence.number, self.waiting)
+        self.waiting.insert(sum(1 for _ in older), sequence)
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence's micro-batch came back with `count` of its tokens."""
@@ -135,6 +170,8 @@ class Scheduler:
     def take_back(self, sequence: Sequence) -> None:
         """Note that a sequence's micro-batch failed, so that its tokens are to run again."""
         sequence.in_flight = False
-        if sequence.copy is not None:  # Some stages may not have made it, and its source may go.
+        if (
+            sequence.copy is not None
+        ):  # Some stages may not have made it, and its source may be gone.
             sequence.copy = None
             sequence.num_cached = 0

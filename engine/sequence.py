@@ -28,7 +28,8 @@ class Sequence:
     """Tokens and progress of one request.
 
     Invariant: `num_cached <= num_tokens <= capacity`; the tokens from `num_cached` on are still
-    to be computed. One of them is a decode step, more are a prefill.
+    to be computed. One of them is a decode step, more are a prefill. While it runs,
+    `num_cached <= num_slots <= capacity`.
     """
 
     key: str
@@ -45,11 +46,15 @@ class Sequence:
     sample: int = 0
     """Which of its request's samples, from 0; a part of what a draw is from."""
     first_slot: int = -1
-    """Set by the scheduler at admission; the same range in every stage."""
+    """Of the range of slots that it has while it runs, the same in every stage; -1 if it waits."""
+    num_slots: int = 0
+    """How long that range is."""
     copy: CacheCopy | None = None
-    """What its next micro-batch, its first, takes over from another's cache."""
+    """What its micro-batch copies first: another's cache where it begins, its own if it moves."""
     in_flight: bool = False
     """Part of a micro-batch that hasn't come back."""
+    is_preempted: bool = False
+    """It ran, gave its slots back, and waits to be read in again."""
     is_cancelled: bool = False
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -73,8 +78,9 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """The logits of the whole prompt are wanted, so no part of it may come from a cache."""
-        return self.prompt_logprobs is not None
+        """Logits of the prompt are still wanted, so no part of it may come from a cache."""
+        known = self.prompt_logprobs
+        return known is not None and len(known) < self.num_prompt - 1
 
     @property
     def num_generated(self) -> int:
