@@ -4,8 +4,8 @@ A range begins with room for what is there and some more, for most texts end bef
 and grows while the text does::
 
     slots    | prompt, new tokens | headroom | free, another's, or an ended text's |
-    grows    in place into what is free or an ended text's; else by moving to a longer free range
     length   num_tokens + headroom, or an even share of all slots if that is more
+    grows    in place into what is free or an ended text's; else by moving to a longer free range
 
 With slots for all places at full length the share is the whole text, so nothing ever moves.
 """
@@ -37,18 +37,11 @@ class SlotRanges:
         self._allocator = allocator
         self._prefixes = prefixes
         self._share = allocator.num_slots // num_places
-        self._open: dict[int, Sequence] = {}
 
     def open(self, sequence: Sequence) -> bool:
-        """Give a sequence a range for its tokens and headroom; False if there is none.
-
-        What the other ranges need to grow by their headroom stays free. Without that the next one
-        to grow would preempt the one just admitted, over and over.
-        """
-        kept = sum(min(HEADROOM, s.capacity - s.num_slots) for s in self._open.values())
-        if not self._place(sequence, kept):
+        """Give a sequence a range for its tokens and headroom; False if there is none."""
+        if not self._place(sequence):
             return False
-        self._open[sequence.number] = sequence
         if self._prefixes is not None:
             self._prefixes.hold(sequence)
         return True
@@ -73,7 +66,6 @@ class SlotRanges:
 
     def close(self, sequence: Sequence) -> None:
         """Take a sequence's range back; what it holds may be retained."""
-        del self._open[sequence.number]
         if self._prefixes is not None:
             self._prefixes.free(sequence)
         else:
@@ -81,7 +73,13 @@ class SlotRanges:
         sequence.first_slot, sequence.num_slots = -1, 0
 
     def _lengths(self, sequence: Sequence) -> tuple[int, int]:
-        """How long its range should be, and what will do."""
+        """How long its range should be, and what will do.
+
+        One that was preempted has shown that it is long: it waits for its whole length, and with it
+        those behind. Given less it would be preempted over and over.
+        """
+        if sequence.is_preempted:
+            return sequence.capacity, sequence.capacity
         least = sequence.num_tokens + max(HEADROOM, sequence.num_tokens // 4)
         return min(sequence.capacity, max(least, self._share)), min(sequence.capacity, least)
 
@@ -97,12 +95,12 @@ class SlotRanges:
             sequence.num_slots = self._allocator.extend(first, length)
         return True
 
-    def _place(self, sequence: Sequence, kept: int = 0) -> bool:
-        """Find a new range, at the cost of ended texts, that leaves `kept` slots to others."""
+    def _place(self, sequence: Sequence) -> bool:
+        """Find a sequence a new range, if need be at the cost of ended texts."""
         prefixes = self._prefixes
         for length in self._lengths(sequence):
             retained = 0 if prefixes is None else prefixes.num_retained
-            if self._allocator.num_free + retained < length + kept:
+            if self._allocator.num_free + retained < length:
                 continue  # Others have to end first: to evict would win nothing.
             first_slot = self._allocator.allocate(length)
             while first_slot is None and prefixes is not None and prefixes.evict():
