@@ -1,9 +1,14 @@
 """Which sequences run in the next micro-batch, and with how many tokens.
 
 Continuous batching: a sequence joins and leaves between any two steps. Decodes come first, then
-prefill chunks up to the token budget. Nothing starves: sequences are admitted in the order of
-arrival, and within a micro-batch those come first that have waited longest. With a prefix cache a
-sequence that hasn't begun waits for another that is computing what both begin with.
+prefill chunks up to the token budget. Within a micro-batch those come first that have waited
+longest. With a prefix cache a sequence that hasn't begun waits for another that is computing what
+both begin with.
+
+Where more wait than may begin, those with the most new tokens to come begin first: a long text that
+begins last would end alone, in batches of one (longest processing time first: Graham, "Bounds on
+Multiprocessing Timing Anomalies", 1969). Nothing starves: none is overtaken more than
+`max_num_seqs` times.
 
 A sequence that finds no slot for its next token takes those of the last to arrive, which keeps its
 tokens and is read in again later: vLLM's preemption by recomputing (Kwon et al., "Efficient Memory
@@ -49,7 +54,8 @@ class Scheduler:
         self.use_cache = use_cache
         self.prefixes = prefixes
         self._ranges = SlotRanges(allocator, prefixes, max_num_seqs)
-        # Those that were preempted in front, then the others; both in the order of arrival.
+        # Those that were preempted in front, then the others; both in the order of arrival. So who
+        # stands further in front was overtaken as often as those behind it, or more.
         self.waiting: deque[Sequence] = deque()
         # Ordered by when a sequence was last scheduled, the longest ago in front.
         self._running: dict[int, Sequence] = {}
@@ -76,16 +82,28 @@ class Scheduler:
         return True
 
     def admit(self) -> list[Sequence]:
-        """Let waiting sequences in, in order, as far as there are places and slots."""
+        """Let waiting sequences in, as far as there are places and slots."""
         admitted = []
         while self.waiting and len(self._running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+            place = self._next_place()
+            sequence = self.waiting[place]
             if self.use_cache and not self._ranges.open(sequence):
-                break  # Those behind wait too, or a long text would never get its place.
-            self._running[sequence.number] = self.waiting.popleft()
+                break  # Others wait too, or one that needs many slots would never get them.
+            del self.waiting[place]
+            for overtaken in islice(self.waiting, place):
+                overtaken.num_overtaken += 1
+            self._running[sequence.number] = sequence
             sequence.is_preempted = False
             admitted.append(sequence)
         return admitted
+
+    def _next_place(self) -> int:
+        """Where in `waiting` the sequence is that begins next: the longest of the first ones."""
+        first = self.waiting[0]
+        if first.is_preempted or first.num_overtaken >= self.max_num_seqs:
+            return 0
+        candidates = list(islice(self.waiting, self.max_num_seqs))
+        return max(range(len(candidates)), key=lambda i: candidates[i].num_to_come)
 
     def take_preempted(self) -> list[Sequence]:
         """Those preempted since the last call, for whatever else is kept for them."""

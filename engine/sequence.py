@@ -55,6 +55,8 @@ class Sequence:
     """Part of a micro-batch that hasn't come back."""
     is_preempted: bool = False
     """It ran, gave its slots back, and waits to be read in again."""
+    num_overtaken: int = 0
+    """How many that arrived later were admitted before it."""
     is_cancelled: bool = False
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -75,6 +77,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens to compute before the next one can be drawn."""
         return self.num_tokens - self.num_cached
+
+    @property
+    def num_to_come(self) -> int:
+        """New tokens, at most: as many steps. A prompt takes few, for it is read in chunks."""
+        return self.capacity - self.num_tokens
 
     @property
     def scores_prompt(self) -> bool:
