@@ -47,6 +47,9 @@ class World:
     lengths: dict[int, int] = field(default_factory=dict)
     """When a text ends, in tokens, by its number."""
     failures: deque[bool] = field(default_factory=deque)
+    """Whether the next micro-batches fail; none does when there is no more."""
+    fails_to_move: bool = False
+    """Whether the next micro-batch with a move fails."""
 
     def __post_init__(self) -> None:
         self.allocator = SlotAllocator(SLOTS)
@@ -103,6 +106,8 @@ class World:
     def submit(self, batch: ForwardBatch) -> None:
         """Do with the memory what a stage does, or half of it if the batch fails."""
         fails = self.failures.popleft() if self.failures else False
+        if self.fails_to_move and any(copy.is_move for copy in batch.copies):
+            fails, self.fails_to_move = True, False
         for copy in batch.copies:
             self.num_moved += copy.is_move
             source, destination = (
@@ -177,7 +182,7 @@ def test_every_text_finishes_and_reads_what_it_wrote(
             _, prompt, new, end, which = arrivals.popleft()
             number = len(added)
             world.lengths[number] = prompt + min(new, end)
-            added.append(text(number, ([1, 2] if which else [3])[:1] * (prompt - 1) + [4], new))
+            added.append(text(number, [1 if which else 2] * (prompt - 1) + [4], new))
             world.scheduler.add(added[-1])
             wait = arrivals[0][0] if arrivals else 0
         wait -= 1
@@ -223,6 +228,25 @@ def test_texts_that_end_early_run_together_where_full_reservation_would_not_let_
     running = run(world, [(10, 200)] * 8, end=12)
     assert max(running) == 8  # at full length, one would fit at a time
     assert world.num_preempted == 0
+
+
+def test_nobody_copies_from_where_a_text_moves_until_it_is_there() -> None:
+    world = World(num_seqs=8, budget=1, num_groups=3, shares=True, fails_to_move=True)
+    texts = [text(0, [1] * 40, 100), text(1, [2] * 40, 100), text(2, [1] * 50, 100)]
+    world.lengths = dict.fromkeys(range(3), 130)
+    for sequence in texts[:2]:
+        world.scheduler.add(sequence)
+    while (
+        texts[0].in_flight
+        or texts[0].num_tokens <= texts[0].num_slots
+        or not any(world.scheduler.running)
+    ):
+        world.round()
+    world.scheduler.add(texts[2])  # Its beginning is the one that moves, with 1 right behind it.
+    while len(world.finished) < 3:
+        world.round()
+    assert not world.fails_to_move
+    assert world.num_moved
 
 
 def test_nothing_moves_where_there_are_slots_for_all_at_full_length() -> None:
