@@ -159,7 +159,7 @@ class Scheduler:
             younger = [s for s in self._running.values() if s.number > sequence.number]
             idle = [s for s in younger if not s.in_flight]
             if younger and not idle:
-                return False  # They come back before it is looked at again.
+                return False  # Once they are back it comes first, for it has waited longest.
             victim = max(idle, key=lambda s: s.number, default=sequence)
             self._preempt(victim)
             if victim is sequence:
