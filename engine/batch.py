@@ -10,6 +10,7 @@ import torch
 
 from engine.kv_cache import CacheCopy
 from engine.sequence import Sequence
+from engine.transfer import moved
 
 __all__ = ["ForwardBatch", "Segment"]
 
@@ -57,7 +58,7 @@ class ForwardBatch:
         default_factory=dict
     )
     plans: dict[object, object] = field(default_factory=dict)
-    """Attention plans by mask rule and device; filled by the attention hook, used by all layers."""
+    """Attention plans by mask rule and device; filled by the backend, used by all layers."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,14 +66,13 @@ class ForwardBatch:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """`positions`, `slots` and `logit_rows` on a device, moved once per batch."""
-        if device.type == "cpu":
+        if device == self.positions.device:
             return self.positions, self.slots, self.logit_rows
         if device not in self._on_device:
-            slots = None if self.slots is None else self.slots.to(device, non_blocking=True)
             self._on_device[device] = (
-                self.positions.to(device, non_blocking=True),
-                slots,
-                self.logit_rows.to(device, non_blocking=True),
+                moved(self.positions, device),
+                None if self.slots is None else moved(self.slots, device),
+                moved(self.logit_rows, device),
             )
         return self._on_device[device]
 

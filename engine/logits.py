@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from engine.tokenizer import Tokenizer
+from engine.transfer import moved
 from queue_api.errors import InvalidRequestError
 from queue_api.schemas import SamplingParams
 
@@ -74,10 +75,10 @@ class LogitsChange:
             if begin >= 0 and tuple(new[begin:].tolist()) == word[:-1]:
                 scores[word[-1]] = _NEVER
         if bias := self.sampling.logit_bias:
-            ids = torch.tensor(list(bias), device=scores.device)
-            scores[ids] += torch.tensor(list(bias.values()), device=scores.device)
+            ids = moved(torch.tensor(list(bias)), scores.device)
+            scores[ids] += moved(torch.tensor(list(bias.values())), scores.device)
         if len(new) < self.sampling.min_tokens and self.ending_ids:
-            scores[list(self.ending_ids)] = _NEVER
+            scores[moved(torch.tensor(self.ending_ids), scores.device)] = _NEVER
         self._penalize(scores, text)
 
     def _penalize(self, scores: torch.Tensor, text: Sequence) -> None:
@@ -109,4 +110,4 @@ def change_logits(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tenso
 
 
 def _on(scores: torch.Tensor, values: npt.NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(values).to(scores.device)
+    return moved(torch.from_numpy(values), scores.device)

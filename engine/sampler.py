@@ -16,6 +16,7 @@ import torch
 from engine.logits import change_logits
 from engine.random_draws import uniform
 from engine.sequence import Sequence
+from engine.transfer import moved
 
 __all__ = ["NO_TOKEN", "choose_tokens"]
 
@@ -33,24 +34,21 @@ def choose_tokens(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
     """
     logits = change_logits(logits, sequences)
     best, tokens = logits.max(dim=-1)  # each [B]; NaN is the largest of all
-    chosen: list[int] = torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
-    drawing = [
-        row
-        for row, sequence in enumerate(sequences)
-        if sequence.sampling.temperature > 0 and chosen[row] != NO_TOKEN
-    ]
+    chosen = torch.where(best.isfinite(), tokens, NO_TOKEN)
+    drawing = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
     if drawing:
-        drawn = _draw(logits[drawing].float(), [sequences[row] for row in drawing])
-        for row, token in zip(drawing, drawn, strict=True):
-            chosen[row] = token
-    return chosen
+        rows = moved(torch.tensor(drawing), logits.device)
+        drawn = _draw(logits[rows].float(), [sequences[row] for row in drawing])
+        chosen[rows] = torch.where(chosen[rows] == NO_TOKEN, NO_TOKEN, drawn)
+    ids: list[int] = chosen.tolist()  # what a step waits for on CUDA
+    return ids
 
 
-def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """Draw a token of each row of `logits` [B, V]."""
+def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Draw a token of each row of `logits` [B, V]; anything for a row of no numbers."""
     device = logits.device
     params = [sequence.sampling for sequence in sequences]
-    temperature = torch.tensor([p.temperature for p in params], device=device)
+    temperature = moved(torch.tensor([p.temperature for p in params]), device)
     # From the row's largest down, so that a tiny temperature overflows to -inf and not to NaN.
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperature[:, None]
     scores = keep_min_p(scores, [p.min_p for p in params])
@@ -62,17 +60,16 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[int]:
         np.array([sequence.sample for sequence in sequences], dtype=np.uint64),
         np.array([sequence.num_generated for sequence in sequences], dtype=np.uint64),
     )
-    targets = torch.from_numpy(numbers).to(device)[:, None] * cumulative[:, -1:]
+    targets = moved(torch.from_numpy(numbers), device)[:, None] * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the target; it has a share of its own.
-    tokens: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
-    return tokens
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
 
 
 def keep_min_p(scores: torch.Tensor, min_p: Seq[float]) -> torch.Tensor:
     """`scores` [B, V], each row's largest 0, with -inf below min_p times as likely as that."""
     if not any(min_p):
         return scores
-    threshold = torch.tensor(min_p, dtype=scores.dtype, device=scores.device).log()
+    threshold = moved(torch.tensor(min_p, dtype=scores.dtype), scores.device).log()
     return scores.masked_fill(scores < threshold[:, None], float("-inf"))
 
 
@@ -84,9 +81,9 @@ def keep_top_k(scores: torch.Tensor, top_k: Seq[int]) -> torch.Tensor:
     if not wanted:
         return scores
     largest = scores.topk(max(wanted), dim=-1).values  # [B, K], falling
-    column = torch.tensor([min(k, max(wanted)) - 1 for k in limits], device=scores.device)
+    column = moved(torch.tensor([min(k, max(wanted)) - 1 for k in limits]), scores.device)
     threshold = largest.gather(-1, column[:, None])
-    unlimited = torch.tensor([k >= size for k in limits], device=scores.device)
+    unlimited = moved(torch.tensor([k >= size for k in limits]), scores.device)
     threshold = threshold.masked_fill(unlimited[:, None], float("-inf"))
     return scores.masked_fill(scores < threshold, float("-inf"))
 
@@ -96,7 +93,7 @@ def keep_top_p(probabilities: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     if all(p >= 1.0 for p in top_p):
         return probabilities
     size = probabilities.shape[-1]
-    share = torch.tensor(top_p, dtype=torch.float64, device=probabilities.device)[:, None]
+    share = moved(torch.tensor(top_p, dtype=torch.float64), probabilities.device)[:, None]
     num_candidates = min(_NUCLEUS_CANDIDATES, size)
     largest = probabilities.topk(num_candidates, dim=-1).values  # [B, K], falling
     reached = largest.sum(dim=-1, dtype=torch.float64)[:, None]
@@ -105,6 +102,7 @@ def keep_top_p(probabilities: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     before = largest.cumsum(dim=-1, dtype=torch.float64) - largest
     # A token stays if those ahead of it don't reach p; so the likeliest always stays.
     num_kept = (before < share).sum(dim=-1, keepdim=True)
-    threshold = largest.gather(-1, num_kept - 1)
+    # (A row of no numbers keeps none, and has to point somewhere.)
+    threshold = largest.gather(-1, (num_kept - 1).clamp(min=0))
     threshold = threshold.masked_fill(share >= 1.0, 0.0)
     return probabilities.masked_fill(probabilities < threshold, 0.0)

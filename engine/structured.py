@@ -19,6 +19,7 @@ import torch
 
 from engine.json_check import JsonCheck
 from engine.tokenizer import Tokenizer
+from engine.transfer import moved
 from queue_api.errors import InvalidRequestError, UnsupportedRequestError
 from queue_api.schemas import StructuredOutputs, StructuredOutputStatus
 
@@ -73,7 +74,8 @@ class FormState:
         bits = np.full((1, -(-size // 32)), -1, dtype=np.int32)
         if self.matcher.fill_next_token_bitmask(bits):
             allowed = np.unpackbits(bits[0].view(np.uint8), bitorder="little")[:size]
-            scores[torch.from_numpy(allowed == 0).to(scores.device)] = float("-inf")
+            refused = moved(torch.from_numpy(allowed == 0), scores.device)
+            scores.masked_fill_(refused, float("-inf"))
 
     def status(self, text: str) -> StructuredOutputStatus:
         """Judge the final text, by itself: a stop string may have cut it."""

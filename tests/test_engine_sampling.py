@@ -156,13 +156,18 @@ def test_greedy_and_sampled_rows_share_a_batch() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_that_are_not_numbers_give_no_token(value: float, temperature: float) -> None:
-    logits = torch.zeros(3, VOCAB)
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.5, "top_k": 7, "min_p": 0.1}],
+    ids=str,
+)
+def test_rows_that_are_not_numbers_give_no_token(value: float, sampling: dict) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    others = choose_tokens(logits, [sequence(s, **sampling) for s in range(3)])
     logits[1, 5] = value
-    tokens = choose_tokens(logits, [sequence(s, temperature=temperature) for s in range(3)])
-    assert tokens[1] == NO_TOKEN
-    assert NO_TOKEN not in (tokens[0], tokens[2])
+    tokens = choose_tokens(logits, [sequence(s, **sampling) for s in range(3)])
+    assert tokens == [others[0], NO_TOKEN, others[2]]
+    assert NO_TOKEN not in others
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:
