@@ -19,7 +19,8 @@ def available_bytes(device: torch.device) -> int:
     """Bytes free on a device; on the CPU, within the control group's limit if there is one."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        # What torch keeps of memory that was freed, as by the check of a stage, is ours as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
