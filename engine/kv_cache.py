@@ -43,8 +43,10 @@ class CacheCopy:
 class KVPool:
     """K and V of a stage's own layers, on its device.
 
-    Head-major, so that one sequence's range of slots is a plain strided view for SDPA. Index 0
-    is the stage's first layer, whatever that layer's number in the model.
+    Tensors are [Hkv, S, D] to all, so that one sequence's range of slots is a plain view for SDPA.
+    How they lie in memory is decided here: head by head, as a CPU reads them best, or token by
+    token, as a kernel for all sequences at once wants them (transposed, they are contiguous then).
+    Index 0 is the stage's first layer, whatever that layer's number in the model.
     """
 
     def __init__(
@@ -54,19 +56,21 @@ class KVPool:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        token_major: bool = False,
     ) -> None:
         self.num_slots = num_slots
-        is_plain = device.type == "cpu" and dtype == torch.float32
+        is_plain = device.type == "cpu" and dtype == torch.float32 and not token_major
         self._fused = fused_layers() if is_plain else None
+
+        def empty(num_heads: int, size: int) -> torch.Tensor:
+            if token_major:
+                rows = torch.empty(num_slots, num_heads, size, device=device, dtype=dtype)
+                return rows.transpose(0, 1)
+            return torch.empty(num_heads, num_slots, size, device=device, dtype=dtype)
+
         # Uninitialized: on a CPU, memory that no token has used stays untouched by the system.
-        self.keys = [
-            torch.empty(s.num_heads, num_slots, s.key_size, device=device, dtype=dtype)
-            for s in shapes
-        ]  # each [Hkv, S, D]
-        self.values = [
-            torch.empty(s.num_heads, num_slots, s.value_size, device=device, dtype=dtype)
-            for s in shapes
-        ]  # each [Hkv, S, D]
+        self.keys = [empty(s.num_heads, s.key_size) for s in shapes]  # each [Hkv, S, D]
+        self.values = [empty(s.num_heads, s.value_size) for s in shapes]  # each [Hkv, S, D]
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -23,11 +23,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from engine.attention import AttentionCall, MaskRule, attend_packed, attending
+from engine.attention import AttentionCall, attend_packed, attending
+from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch, Segment
 from engine.checkpoint import Checkpoint
 from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpeed
 from engine.kv_cache import KVPool, KVShape
+from engine.masks import MaskRule
 from engine.packed_linear import can_pack, pack_linears
 from engine.partition import PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes
@@ -98,7 +100,14 @@ def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, st
     shape = KVShape(sizes.num_kv_heads, sizes.key_size, sizes.value_size)
     layer_bytes = step.num_slots * shape.slot_bytes(dtype)
     count = min(len(sizes.layers), 1 + math.ceil(_BEYOND_CACHES_BYTES / layer_bytes))
-    pool = KVPool([shape] * count, step.num_slots, device=device, dtype=dtype)
+    backend = backends_for(device, dtype)[0]
+    pool = KVPool(
+        [shape] * count,
+        step.num_slots,
+        device=device,
+        dtype=dtype,
+        token_major=backend.token_major,
+    )
     _fill(pool)
 
     def some(num_heads: int, size: int) -> torch.Tensor:  # [1, H, T, D]
@@ -110,7 +119,7 @@ def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, st
     modules = [cast(nn.Module, SimpleNamespace(layer_idx=i)) for i in range(count)]
 
     def attend() -> None:
-        with attending(AttentionCall(batch, pool, 0)):
+        with attending(AttentionCall(batch, pool, 0, backend)):
             for module in modules:
                 attend_packed(module, query, key, value, MaskRule())
 

@@ -10,9 +10,11 @@ import functools
 
 import torch
 
+from engine.attention_backend import AttentionTask
 from engine.native_library import native_library
+from engine.sdpa import attend_spans, plan_of
 
-__all__ = ["DecodeAttention", "decode_attention"]
+__all__ = ["CompiledBackend", "DecodeAttention", "decode_attention"]
 
 
 class DecodeAttention:
@@ -74,6 +76,36 @@ class DecodeAttention:
         )
         if failed:
             raise MemoryError(f"no memory for the scores of {int(lengths.max())} keys")
+
+
+class CompiledBackend:
+    """Single new tokens in one compiled call, all others sequence by sequence."""
+
+    name = "compiled decodes, SDPA per sequence"
+    token_major = False
+    capturable = False
+
+    def __init__(self, decode: DecodeAttention) -> None:
+        self._decode = decode
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        task: AttentionTask,
+    ) -> torch.Tensor:
+        """See `AttentionBackend`."""
+        num_heads, num_tokens, _ = query.shape
+        out = query.new_empty(num_tokens, num_heads, values.shape[2])
+        plan = plan_of(task, query)
+        spans = plan.spans
+        plain = len(plan.singles) > 0 and task.is_plain
+        if plain and DecodeAttention.takes(query, keys, values):
+            self._decode(query, keys, values, out, plan.singles, task.scale)
+            spans = plan.longer
+        attend_spans(spans, query, keys, values, task, out=out)
+        return out
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def _step(parts: list[tuple[int, list[int], int]], use_cache: bool, *, checked: 
     due = segments[checked]
     batch = ForwardBatch(
         segments=segments,
-        token_ids=torch.empty(0, dtype=torch.long),
+        token_ids=torch.tensor(source),  # not read, but counted
         positions=torch.tensor(positions),
         slots=torch.tensor(slots) if use_cache else None,
         logit_rows=torch.tensor([due.start + due.count - 1]),

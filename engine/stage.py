@@ -22,6 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from engine.attention import ATTENTION_NAME, AttentionCall, attending
+from engine.attention_check import Heads, check_attention
+from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs, hidden_place
@@ -31,7 +33,8 @@ from engine.packed_linear import can_pack, pack_linears
 from engine.partition import StageSpec
 from engine.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
 from engine.slicing import Absent, find_layers, forward_parameters, load_slice
-from queue_api.errors import UnsupportedModelError
+from engine.transfer import moved
+from queue_api.errors import EngineError, UnsupportedModelError
 
 __all__ = ["Stage"]
 
@@ -52,6 +55,8 @@ class Stage:
         self.device = torch.device(spec.device)
         self.use_cache = use_cache
         self.mode: Literal["packed", "single"] = "packed"
+        self._backends = backends_for(self.device, model.dtype)
+        self.attention = self._backends[0]
         self.pool: KVPool | None = None
         self.kv_shapes: list[KVShape] = []
         self._caches: dict[int, StageCache] = {}
@@ -111,7 +116,16 @@ class Stage:
     def allocate(self, num_slots: int) -> None:
         """Make the pool. A stage that runs sequences singly, or without a cache, has none."""
         if self.mode == "packed" and self.use_cache:
-            self.pool = KVPool(self.kv_shapes, num_slots, device=self.device, dtype=self.dtype)
+            self.pool = self._make_pool(num_slots)
+
+    def _make_pool(self, num_slots: int) -> KVPool:
+        return KVPool(
+            self.kv_shapes,
+            num_slots,
+            device=self.device,
+            dtype=self.dtype,
+            token_major=self.attention.token_major,
+        )
 
     def release(self, number: int) -> None:
         """Forget what is kept for a sequence outside the pool."""
@@ -124,12 +138,11 @@ class Stage:
         :param inbound: token ids [1, T] for the first stage, else hidden states [1, T, E]
         :returns: hidden states [1, T, E]; from the last stage the due logits [B, V]
         """
-        inbound = inbound.to(self.device, non_blocking=True)
-        if self.mode == "packed":
-            if self.pool is not None:
-                self.pool.copy(batch.copies)
-            return self._run_packed(batch, inbound, self.pool)[0]
-        return self._run_singly(batch, inbound)
+        if self.mode != "packed":
+            return self._run_singly(batch, moved(inbound, self.device))
+        if self.pool is not None:
+            self.pool.copy(batch.copies)
+        return self._run_packed(batch, moved(inbound, self.device), self.pool)[0]
 
     # ------------------------------------------------------------------------- the two ways
 
@@ -137,7 +150,7 @@ class Stage:
         self, batch: ForwardBatch, inbound: torch.Tensor, pool: KVPool | None
     ) -> tuple[torch.Tensor, AttentionCall]:
         positions, _, logit_rows = batch.on(self.device)
-        call = AttentionCall(batch, pool, self.spec.first_layer)
+        call = AttentionCall(batch, pool, self.spec.first_layer, self.attention)
         # The mask of ones keeps transformers from reading sequence bounds out of the positions.
         ones = torch.ones(1, batch.num_tokens, dtype=torch.bool, device=self.device)
         with attending(call):
@@ -249,29 +262,56 @@ class Stage:
             pack_linears(self.model)
             fuse_layers(self.model)
         reasons: list[str] = []
-        modes: tuple[tuple[Literal["packed", "single"], bool], ...]
-        modes = (("packed", False), ("single", False), ("single", True))
-        for mode, stepwise in modes:
-            try:
-                self._set_mode(mode, stepwise=stepwise)
-                error = _relative_error(self._probe(inbound), expected)
-            except CacheMismatchError:
-                raise
-            except Exception as problem:  # any model code may fail in any way
-                reasons.append(f"{mode}: {type(problem).__name__}: {problem}")
-                continue
-            finally:
-                self._caches.clear()
-            # Packed or not, sums run in another order; half precision rounds them coarsely.
-            if error <= (1e-3 if self.dtype == torch.float32 else 5e-2):
-                logger.debug("stage %s: %s, error %.1e", self.spec.index, mode, error)
-                if mode == "single":
-                    logger.warning("sequences run one by one in this model (%s)", reasons[0])
+        for backend in self._backends:
+            self.attention = backend
+            failure = self._try(inbound, expected, "packed", stepwise=False)
+            if failure is None:
+                if reasons:
+                    logger.warning("stage %s: %s", self.spec.index, "; ".join(reasons))
+                logger.info(
+                    "stage %s on %s: attention by %s", self.spec.index, self.device, backend.name
+                )
                 return
-            reasons.append(f"{mode}: output is off by {error:.1e}")
+            reasons.append(f"packed, {backend.name}: {type(failure).__name__}: {failure}")
+            if isinstance(failure, UnsupportedModelError):
+                break  # whoever attends
+        for stepwise in (False, True):
+            failure = self._try(inbound, expected, "single", stepwise=stepwise)
+            if failure is None:
+                logger.warning("sequences run one by one in this model (%s)", reasons[0])
+                return
+            reasons.append(f"single: {type(failure).__name__}: {failure}")
         raise UnsupportedModelError(
             f"{type(self.model).__name__} can't run here without being wrong: {'; '.join(reasons)}"
         )
+
+    @property
+    def _tolerance(self) -> float:
+        """Packed or not, sums run in another order; half precision rounds them coarsely."""
+        return 1e-3 if self.dtype == torch.float32 else 5e-2
+
+    def _try(
+        self,
+        inbound: torch.Tensor,
+        expected: torch.Tensor,
+        mode: Literal["packed", "single"],
+        *,
+        stepwise: bool,
+    ) -> Exception | None:
+        """Run the probe in a mode; what is wrong with it, None if nothing is."""
+        try:
+            self._set_mode(mode, stepwise=stepwise)
+            error = _relative_error(self._probe(inbound), expected)
+        except CacheMismatchError:
+            raise
+        except Exception as problem:  # any model code may fail in any way
+            return problem
+        finally:
+            self._caches.clear()
+        if error <= self._tolerance:
+            logger.debug("stage %s: %s, error %.1e", self.spec.index, mode, error)
+            return None
+        return WrongOutputError(f"output is off by {error:.1e}")
 
     def _expected(self, inbound: torch.Tensor) -> torch.Tensor:
         """What the model itself makes of the probe, in its checked rows.
@@ -348,7 +388,7 @@ class Stage:
         if self.mode == "packed":
             self.kv_shapes = self._hooked_shapes(inbound)
             if self.use_cache:
-                pool = KVPool(self.kv_shapes, PROBE_SLOTS, device=self.device, dtype=self.dtype)
+                pool = self._make_pool(PROBE_SLOTS)
         outputs = []
         for step in probe_steps(use_cache=self.use_cache):
             packed = inbound[:, step.source.to(self.device)]
@@ -370,6 +410,11 @@ class Stage:
         if call.num_calls != num_layers or sorted(call.shapes) != list(range(num_layers)):
             raise UnsupportedModelError(f"{call.num_calls} attention calls in {num_layers} layers")
         self._check_windows(call)
+        if self.attention is not self._backends[-1]:
+            layers = (
+                Heads(call.num_heads[i], call.shapes[i], call.rules[i]) for i in range(num_layers)
+            )
+            check_attention(self.attention, layers, self.device, self.dtype)
         return [call.shapes[i] for i in range(num_layers)]
 
     def _check_windows(self, call: AttentionCall) -> None:
@@ -388,6 +433,10 @@ class Stage:
                     f"{type(self.model).__name__}: transformers' cache keeps {kept} tokens, "
                     f"but the masks of layer {i} show {rule.window or rule.chunk or 'all'}"
                 )
+
+
+class WrongOutputError(EngineError):
+    """A way to run a stage gives something else than the model's own forward."""
 
 
 class CacheMismatchError(UnsupportedModelError):
