@@ -27,6 +27,7 @@ from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs, hidden_place
+from engine.decode_graphs import DecodeGraphs, capture_for
 from engine.fused_layers import fuse_layers
 from engine.kv_cache import KVPool, KVShape
 from engine.packed_linear import can_pack, pack_linears
@@ -59,6 +60,7 @@ class Stage:
         self.attention = self._backends[0]
         self.pool: KVPool | None = None
         self.kv_shapes: list[KVShape] = []
+        self._graphs: DecodeGraphs | None = None
         self._caches: dict[int, StageCache] = {}
         self._stepwise = False
         self._inbound: torch.Tensor | None = None
@@ -115,8 +117,19 @@ class Stage:
 
     def allocate(self, num_slots: int) -> None:
         """Make the pool. A stage that runs sequences singly, or without a cache, has none."""
-        if self.mode == "packed" and self.use_cache:
-            self.pool = self._make_pool(num_slots)
+        if self.mode != "packed" or not self.use_cache:
+            return
+        whole = self.spec.is_first and self.spec.is_last
+        capture = capture_for(self.device) if whole and self.attention.capturable else None
+        self.pool = self._make_pool(num_slots + (capture is not None))
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                self._run_eagerly,
+                capture,
+                device=self.device,
+                scratch_slot=num_slots,
+                tolerance=self._tolerance,
+            )
 
     def _make_pool(self, num_slots: int) -> KVPool:
         return KVPool(
@@ -142,7 +155,13 @@ class Stage:
             return self._run_singly(batch, moved(inbound, self.device))
         if self.pool is not None:
             self.pool.copy(batch.copies)
+        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
+            return logits
         return self._run_packed(batch, moved(inbound, self.device), self.pool)[0]
+
+    def _run_eagerly(self, batch: ForwardBatch) -> torch.Tensor:
+        """The logits [B, V] of a stage that is the whole model."""
+        return self._run_packed(batch, moved(batch.token_ids[None], self.device), self.pool)[0]
 
     # ------------------------------------------------------------------------- the two ways
 
