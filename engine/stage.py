@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from engine.attention import ATTENTION_NAME, AttentionCall, attending
-from engine.attention_check import Heads, check_attention
+from engine.attention_check import AttentionMismatchError, Heads, check_attention
 from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
@@ -291,15 +291,17 @@ class Stage:
                     "stage %s on %s: attention by %s", self.spec.index, self.device, backend.name
                 )
                 return
-            reasons.append(f"packed, {backend.name}: {type(failure).__name__}: {failure}")
-            if isinstance(failure, UnsupportedModelError):
-                break  # whoever attends
+            anyway = isinstance(failure, UnsupportedModelError)  # whoever attends
+            how = "packed" if anyway or backend is self._backends[-1] else f"by {backend.name}"
+            reasons.append(f"{how}: {_said(failure)}")
+            if anyway:
+                break
         for stepwise in (False, True):
             failure = self._try(inbound, expected, "single", stepwise=stepwise)
             if failure is None:
                 logger.warning("sequences run one by one in this model (%s)", reasons[0])
                 return
-            reasons.append(f"single: {type(failure).__name__}: {failure}")
+            reasons.append(f"single: {_said(failure)}")
         raise UnsupportedModelError(
             f"{type(self.model).__name__} can't run here without being wrong: {'; '.join(reasons)}"
         )
@@ -486,6 +488,11 @@ class StageCache(DynamicCache):
             return self.num_seen + query_length, 0
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+
+def _said(failure: Exception) -> str:
+    ours = isinstance(failure, WrongOutputError | AttentionMismatchError)
+    return str(failure) if ours else f"{type(failure).__name__}: {failure}"
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
