@@ -7,9 +7,10 @@ from step to step is in one tensor on the device.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -192,9 +193,12 @@ class _PaddedDecode:
 
 
 class CapturedGraph:
-    """A CUDA graph of a function that reads and writes static tensors."""
+    """A CUDA graph of a function that reads and writes static tensors.
 
-    def __init__(self, function: Function, device: torch.device) -> None:
+    :param pool: memory that graphs share; then the output is valid until another of them runs
+    """
+
+    def __init__(self, function: Function, device: torch.device, *, pool: Any = None) -> None:
         with torch.cuda.device(device):
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -204,7 +208,9 @@ class CapturedGraph:
             torch.cuda.current_stream(device).wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the device.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 self._output = function()
 
     def __call__(self) -> torch.Tensor:
@@ -215,4 +221,6 @@ class CapturedGraph:
 
 def capture_for(device: torch.device) -> CaptureFunction | None:
     """How functions are captured on a device; None where they can't be."""
-    return CapturedGraph if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    return functools.partial(CapturedGraph, pool=torch.cuda.graph_pool_handle())

@@ -285,11 +285,10 @@ class Stage:
             self.attention = backend
             failure = self._try(inbound, expected, "packed", stepwise=False)
             if failure is None:
+                where = f"stage {self.spec.index} on {self.device}"
+                logger.info("%s: attention by %s", where, backend.name)
                 if reasons:
-                    logger.warning("stage %s: %s", self.spec.index, "; ".join(reasons))
-                logger.info(
-                    "stage %s on %s: attention by %s", self.spec.index, self.device, backend.name
-                )
+                    logger.warning("%s: slower attention, not %s", where, "; ".join(reasons))
                 return
             anyway = isinstance(failure, UnsupportedModelError)  # whoever attends
             how = "packed" if anyway or backend is self._backends[-1] else f"by {backend.name}"
