@@ -61,10 +61,11 @@ class DecodeAttention:
         """
         num_heads, num_rows, key_size = query.shape
         num_kv, num_slots, value_size = values.shape
-        rows, first, end = spans.unbind(1)
-        lengths = end - first
-        lowest = min(int(rows.min()), int(first.min()), int(lengths.min()) - 1)
-        if lowest < 0 or int(rows.max()) >= num_rows or int(end.max()) > num_slots:
+        shortest, longest = (int(n) for n in (spans[:, 2] - spans[:, 1]).aminmax())
+        lowest_row, lowest_slot, _ = spans.amin(0).tolist()
+        highest_row, _, last_slot = spans.amax(0).tolist()
+        lowest = min(lowest_row, lowest_slot, shortest - 1)
+        if lowest < 0 or highest_row >= num_rows or last_slot > num_slots:
             raise ValueError(f"spans outside {num_rows} rows and {num_slots} slots: {spans}")
         if not out.is_contiguous() or out.shape != (num_rows, num_heads, value_size):
             raise ValueError(f"out of shape {tuple(out.shape)} isn't contiguous [T, H, Dv]")
@@ -72,10 +73,10 @@ class DecodeAttention:
             *(query.data_ptr(), query.stride(0), query.stride(1)),
             *(keys.data_ptr(), values.data_ptr(), out.data_ptr()),
             *(num_kv, num_heads // num_kv, num_slots, key_size, value_size, scale),
-            *(spans.data_ptr(), len(spans), int(lengths.max()), torch.get_num_threads()),
+            *(spans.data_ptr(), len(spans), longest, torch.get_num_threads()),
         )
         if failed:
-            raise MemoryError(f"no memory for the scores of {int(lengths.max())} keys")
+            raise MemoryError(f"no memory for the scores of {longest} keys")
 
 
 class CompiledBackend:
