@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine.native_library import native_library
@@ -28,7 +29,7 @@ _TOLERANCE = 1e-5
 
 
 class FusedLayers:
-    """The functions of `fused_layers.c`; all tensors are float32 on a CPU."""
+    """The functions of `fused_layers.c`; all tensors are such as `is_plain` accepts."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -118,17 +119,21 @@ def fuse_layers(model: nn.Module) -> None:
 class FusedRMSNorm(nn.Module):
     """Computes what a model's own RMS norm does, on a CPU in float32."""
 
+    _scale: torch.Tensor
+
     def __init__(
         self, weight: nn.Parameter, scale: torch.Tensor, eps: float, fused: FusedLayers
     ) -> None:
         super().__init__()
         self.weight = weight
         self.variance_epsilon = eps
-        self._scale = scale
+        self.register_buffer("_scale", scale, persistent=False)
         self._fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., E] to the same shape."""
+        if not is_plain(x):
+            return F.rms_norm(x, x.shape[-1:], self._scale, self.variance_epsilon)
         return self._fused.rms_norm(x, self._scale, self.variance_epsilon)
 
 
@@ -159,7 +164,10 @@ def _fuse_gate(mlp: nn.Module, fused: FusedLayers) -> None:
     gate, up, down = cast(list[PackedLinear], products)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, down(fused.silu_gate(gate(x), up(x))))
+        gated, ups = gate(x), up(x)
+        if is_plain(gated):
+            return cast(torch.Tensor, down(fused.silu_gate(gated, ups)))
+        return cast(torch.Tensor, down(F.silu(gated) * ups))
 
     x = torch.randn(1, 3, gate.in_features)
     if gate.out_features == up.out_features and _same(lambda: mlp(x), forward(x)):
@@ -212,8 +220,14 @@ def can_rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> boo
         and cosine.is_contiguous()
         and sine.is_contiguous()
         and x.shape[0] == 1
-        and x.dtype == cosine.dtype == sine.dtype == torch.float32
+        and is_plain(x)
+        and cosine.dtype == sine.dtype == torch.float32
     )
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether the C code can read it: float32 on a CPU."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _same(own: Callable[[], Any], ours: torch.Tensor) -> bool:

@@ -11,14 +11,12 @@ import traceback
 import pytest
 import torch
 from engine_models import VOCAB, mixed_prompts, tiny_model
-from torch import nn
 
 from engine.attention_backend import AttentionBackend
 from engine.batch import ForwardBatch
 from engine.decode_graphs import _PaddedDecode
 from engine.kv_cache import CacheCopy
 from engine.logits import LogitsChange, change_logits
-from engine.packed_linear import PackedLinear
 from engine.sampler import choose_tokens
 from engine.sdpa import SdpaBackend
 from engine.sequence import Sequence
@@ -43,12 +41,9 @@ def backend_of(name: str) -> AttentionBackend:
 
 def stage_on_meta(model: str, backend: AttentionBackend) -> Stage:
     """A stage in bfloat16 on the device without numbers."""
-    (stage,) = tiny_model(model).engine().stages
-    for module in list(stage.model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):  # a CPU's layout
-                shape = child.in_features, child.out_features
-                setattr(module, name, nn.Linear(*shape, bias=child.bias is not None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.stage.can_pack", lambda *_: False)  # a CPU's layout, and its C code
+        (stage,) = tiny_model(model).engine().stages
     stage.model.to(META).to(torch.bfloat16)
     stage.device, stage.attention = META, backend
     stage.pool = stage._make_pool(400)
