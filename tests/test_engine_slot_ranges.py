@@ -17,6 +17,7 @@ from engine.kv_cache import SlotAllocator
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.slot_ranges import SlotRanges
 from queue_api.schemas import SamplingParams
 
 SLOTS = 240
@@ -247,6 +248,30 @@ def test_nobody_copies_from_where_a_text_moves_until_it_is_there() -> None:
         world.round()
     assert not world.fails_to_move
     assert world.num_moved
+
+
+def test_what_a_preempted_text_left_is_known_apart_from_what_it_has_again() -> None:
+    allocator = SlotAllocator(SLOTS)
+    prefixes = PrefixCache(allocator)
+    ranges = SlotRanges(allocator, prefixes, 8)
+    preempted, follower = (text(number, [1] * 40, 10) for number in range(2))
+    for _ in range(2):
+        preempted.num_cached = 0
+        assert ranges.open(preempted)
+        preempted.num_cached = 40
+        prefixes.computed(preempted)
+        first_slot = preempted.first_slot
+        if not prefixes.num_retained:
+            ranges.close(preempted)
+    assert prefixes.evict()
+    assert ranges.open(follower)
+    prefixes.reuse(follower)
+    assert follower.copy is not None
+    assert (follower.copy.source, follower.copy.length) == (first_slot, 39)
+    ranges.close(preempted)
+    ranges.close(follower)
+    prefixes.clear()
+    assert allocator.num_free == SLOTS
 
 
 def test_nothing_moves_where_there_are_slots_for_all_at_full_length() -> None:
