@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from queue_api.structured_outputs import StructuredOutputs, from_response_format
 
-__all__ = ["SAMPLING_FIELDS", "WIRE", "SamplingParams", "TokenId", "own_names"]
+__all__ = [
+    "SAMPLING_FIELDS",
+    "WIRE",
+    "SamplingParams",
+    "SharedSamplingParams",
+    "TokenId",
+    "own_names",
+]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 512
@@ -67,7 +84,7 @@ class SamplingParams(BaseModel):
         list[_StopString], BeforeValidator(_as_texts), Field(max_length=MAX_STOP_STRINGS)
     ] = Field(default_factory=list)
     """Text that ends generation; it isn't part of the result's text."""
-    stop_token_ids: list[TokenId] = Field(default=[], max_length=256)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
     """Token ids that end generation, besides the model's end-of-text ids."""
     ignore_eos: bool = False
     """Go on past the model's end-of-text token (stop_token_ids still end generation)."""
@@ -83,11 +100,11 @@ class SamplingParams(BaseModel):
     """Taken off the logit of every token that is in the new text."""
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     """Taken off the logit of a token as many times as it is in the new text."""
-    logit_bias: dict[_TokenKey, _Bias] = Field(default={}, max_length=MAX_BIASES)
+    logit_bias: dict[_TokenKey, _Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
     """Added to the logits of these token ids."""
     bad_words: Annotated[
         list[_StopString], BeforeValidator(_as_texts), Field(max_length=MAX_BAD_WORDS)
-    ] = []
+    ] = Field(default_factory=list)
     """Words that are not to be generated."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
     """Return each new token's log-probability and those of the so many likeliest tokens."""
@@ -138,6 +155,32 @@ class SamplingParams(BaseModel):
             )
         return self
 
+
+MOST_SHARED = 1024
+MOST_SHARED_FIELDS = 16
+_SCALARS = frozenset({bool, float, int, str, type(None)})
+
+
+@lru_cache(maxsize=MOST_SHARED, typed=True)  # typed: a `max_tokens` of True isn't one of 1
+def _shared(names: tuple[str, ...], *values: object) -> SamplingParams:
+    return SamplingParams.model_validate(dict(zip(names, values, strict=True)))
+
+
+def _share(given: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Check the same fields once: most requests of a run have the same."""
+    if type(given) is dict and len(given) <= MOST_SHARED_FIELDS:
+        values = given.values()
+        # of values that hold others the types within would count, too
+        if _SCALARS.issuperset(map(type, values)):
+            try:
+                return _shared(tuple(given), *values)
+            except ValidationError:
+                pass  # raised again below, where it says of which field of which request
+    return validate(given)
+
+
+SharedSamplingParams = Annotated[SamplingParams, WrapValidator(_share)]
+"""SamplingParams that requests with the same fields have in common; they are frozen."""
 
 _FOREIGN = frozenset({*_ALIASES, "do_sample", "response_format"})
 SAMPLING_FIELDS = frozenset({*SamplingParams.model_fields, *_FOREIGN})

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import to_json
 
 from queue_api.errors import GenerationFailedError, InvalidRequestError, RequestError
-from queue_api.sampling import WIRE, SamplingParams, TokenId
+from queue_api.sampling import WIRE, SamplingParams, SharedSamplingParams, TokenId
 from queue_api.structured_outputs import StructuredOutputs
 
 __all__ = [
@@ -105,7 +105,7 @@ class GenerationRequest(BaseModel):
         Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
         | None
     ) = None
-    sampling: SamplingParams = SamplingParams()
+    sampling: SharedSamplingParams = SamplingParams()
     timeout_s: float | None = Field(default=None, gt=0)
     """How long a worker may take for it, waiting its turn in the engine included."""
     deadline: float | None = Field(default=None, gt=0)
@@ -151,14 +151,17 @@ class GenerationRequest(BaseModel):
 
         :raises InvalidRequestError: saying which field is wrong, its value, and the limit
         """
-        if isinstance(data, dict) and len(data) > 2 * len(cls.model_fields):
+        if isinstance(data, dict) and len(data) > 2 * NUM_FIELDS:
             raise InvalidRequestError(
-                f"{len(data)} fields; a request has no more than {len(cls.model_fields)}"
+                f"{len(data)} fields; a request has no more than {NUM_FIELDS}"
             )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise InvalidRequestError(describe(error)) from None
+
+
+NUM_FIELDS = len(GenerationRequest.model_fields)
 
 
 class ErrorDetail(BaseModel):

@@ -170,3 +170,20 @@ def test_raise_for_error_returns_text_and_raises_the_rest() -> None:
     failed = GenerationResult.failed("a", ErrorDetail(code="c", message="too long"))
     with pytest.raises(GenerationFailedError, match="request 'a': too long"):
         failed.raise_for_error()
+
+
+def test_requests_with_the_same_sampling_fields_share_them_unless_types_differ() -> None:
+    def parsed(**sampling: Any) -> GenerationRequest:
+        return GenerationRequest.parse({"id": "i", "prompt": "p", "sampling": sampling})
+
+    assert parsed(max_tokens=1).sampling is parsed(max_tokens=1).sampling
+    for wrong in (True, 1.5, "1"):
+        with pytest.raises(InvalidRequestError, match="'max_tokens' is "):
+            parsed(max_tokens=wrong)
+    assert parsed(stop=["a"], logit_bias={"3": 1}).sampling.logit_bias == {3: 1.0}
+
+
+def test_defaults_of_one_request_are_not_those_of_another() -> None:
+    first, second = SamplingParams(), SamplingParams()
+    first.bad_words.append("a")
+    assert second.bad_words == []
