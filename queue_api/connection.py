@@ -22,6 +22,7 @@ from queue_api.errors import (
     RedisServerError,
     RedisUnavailableError,
 )
+from queue_api.packing import PackingPool
 from queue_api.sentinel import AsyncSentinelPool, SentinelAddress, SentinelPool, is_sentinel_url
 
 __all__ = [
@@ -90,7 +91,7 @@ def connect_async(url: str, max_connections: int = 16) -> aredis.Redis:
         if is_sentinel_url(url):
             pool = AsyncSentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url))
         else:
-            pool = aredis.BlockingConnectionPool.from_url(url, **bounds, **_for_scheme(url))
+            pool = PackingPool.from_url(url, **bounds, **_for_scheme(url))
     except ValueError as error:
         raise _bad_url(url, error) from None
     return aredis.Redis.from_pool(pool)

@@ -59,10 +59,11 @@ class Run:
         :raises RunNotFoundError: no such run, or it was deleted or expired
         :raises RunIncompleteError: the producer fell silent without saying how many there are
         """
-        async with aclosing(self.batches()) as batches:
-            async for batch in batches:
-                for result in batch:
-                    yield result
+        async with aclosing(self._pages()) as pages:
+            async for page in pages:
+                # one by one: a page of results at once would keep the garbage collector busy
+                for _, index, raw in page:
+                    yield parse_result(self.id, index, raw)
 
     async def batches(self, *, follow: bool = True) -> AsyncGenerator[list[GenerationResult], None]:
         """The same, as many at a time as there are; `follow=False` takes only what is there."""

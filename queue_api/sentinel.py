@@ -20,6 +20,8 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
+from queue_api.packing import Packing
+
 __all__ = ["AsyncSentinelPool", "SentinelAddress", "SentinelPool", "is_sentinel_url"]
 
 SCHEMES = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
@@ -123,7 +125,7 @@ class _ManagedSSL(_Managed, SentinelManagedSSLConnection):
     """The same over TLS."""
 
 
-class _AsyncManaged(AsyncManagedConnection):
+class _AsyncManaged(Packing, AsyncManagedConnection):
     """The same for asyncio."""
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
