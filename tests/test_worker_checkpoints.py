@@ -14,7 +14,7 @@ from queue_api.errors import InvalidRequestError
 from queue_api.jobs import GENERATE
 from queue_api.schemas import GenerationRequest
 from workers.checkpoints import Checkpoints, Place
-from workers.engine_loop import EngineLoop
+from workers.engine_loop import Addition, EngineLoop
 from workers.noop_engine import EchoEngine
 from workers.scripts import Scripts
 
@@ -175,7 +175,7 @@ def test_a_partial_text_that_the_engine_refuses_is_no_fault_of_the_request():
         loop = EngineLoop(Picky(tokens=2))
         loop.start(done.set_result, lambda _: None, done.set_exception, steps_between=8)
         request = GenerationRequest(id="x", prompt="a b")
-        loop.add("key", request, seed_key="x", generated=[99])
+        loop.add([Addition("key", request, "x", generated=[99])])
         (completion,) = await done
         await loop.stop()
         return completion.text

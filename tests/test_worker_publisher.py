@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from functools import partial
 
 import redis.asyncio as aredis
 from worker_kit import SERVE, completed, num_done, submit
 
 from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason, GenerationResult
-from workers.publisher import Publisher, Unwritten
+from queue_api.schemas import FinishReason
+from workers.engine_loop import Refusal
+from workers.outcomes import Outcome
+from workers.publisher import Publisher
 from workers.scripts import Scripts
 
 AN_HOUR = "import workers.publisher as p\np.{} = 3600\n"
@@ -53,16 +54,15 @@ def test_a_jobs_end_does_not_wait_for_other_jobs(connection, start_worker):
 def test_a_result_that_cannot_be_written_as_json_ends_as_an_error_of_its_own(server, connection):
     connection.hset(RunKeys.of("run").hash, mapping={"total": 2})
 
-    def made(index: int, text: str) -> GenerationResult:
-        fields = {"id": f"id-{index}", "run": "run", "index": index, "text": text}
-        return GenerationResult.model_construct(finish_reason=FinishReason.STOP, **fields)
+    def outcome(index: int, text: str) -> Outcome:
+        completion = Refusal("key", None, text=text, finish_reason=FinishReason.STOP)
+        return Outcome("run", index, f"id-{index}", completion, None, None, 0.0, {})
 
     async def publish() -> None:
         async with aredis.Redis.from_url(server.url) as client:
             publisher = Publisher(client, Scripts(client), None, run_ttl_s=60)
             for index, text in enumerate(["half a pair \ud800", "good"]):
-                make = partial(made, index, text)
-                publisher.add_result(Unwritten("run", index, f"id-{index}", make))
+                publisher.add_result("run", outcome(index, text))
             task = asyncio.create_task(publisher.run(None, None))
             await asyncio.wait_for(publisher.flushed(), 20)
             task.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from queue_api.schemas import ErrorDetail, GenerationRequest, GenerationResult
@@ -26,16 +27,15 @@ class ActiveRequest:
     """None if it can't be read."""
     timer: asyncio.TimerHandle | None = None
     """Ends it when its time is over."""
+    key: str = field(init=False)
+    """Its name in the engine."""
+    place: Place = field(init=False)
+    """Where its partial text is kept."""
 
-    @property
-    def key(self) -> str:
-        """Its name in the engine."""
-        return f"{self.job.lease.execution_id}:{self.index}"
-
-    @property
-    def place(self) -> Place:
-        """Where its partial text is kept."""
-        return Place(self.job.run or self.job.lease.job_id, self.index)
+    def __post_init__(self) -> None:
+        lease = self.job.lease
+        self.key = f"{lease.execution_id}:{self.index}"
+        self.place = Place(self.job.run or lease.job_id, self.index)
 
     def stop_timer(self) -> None:
         if self.timer is not None:
@@ -61,6 +61,8 @@ class ActiveJob:
     lease: Lease
     enqueued_at: float
     """Epoch seconds."""
+    about: Mapping[str, object]
+    """What its results have in common; see Outcome."""
     run: str | None = None
     left: dict[int, ActiveRequest] = field(default_factory=dict)
     """By index, what has no result yet."""

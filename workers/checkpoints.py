@@ -11,7 +11,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import redis.asyncio as aredis
 
@@ -27,13 +27,13 @@ PARTIAL_TTL_S = 6 * 3600
 TOKEN_BYTES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a request's partial text is kept."""
 
     owner: str
     """Its run; the job's id where there is none."""
-    index: int
+    number: int
+    """Index of the request in its run or job."""
 
 
 class Checkpoints:
@@ -56,7 +56,7 @@ class Checkpoints:
         self._worth_saving = max(1, every_tokens // 2)
 
     def _key(self, place: Place) -> str:
-        return partial_key(place.owner, place.index, self._model)
+        return partial_key(place.owner, place.number, self._model)
 
     async def load(self, places: Sequence[Place]) -> dict[Place, list[int]]:
         """The partial texts that there are of these."""

@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from queue_api.errors import EngineError
 from queue_api.schemas import (
@@ -24,7 +24,7 @@ from queue_api.schemas import (
     TokenLogprobs,
 )
 
-__all__ = ["Completion", "Engine", "EngineLoop", "Refusal"]
+__all__ = ["Addition", "Completion", "Engine", "EngineLoop", "Refusal"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,18 @@ class Refusal:
     samples: Sequence[Completion] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
+class Addition(NamedTuple):
+    """What `Engine.add` takes."""
+
     key: str
     request: GenerationRequest
-    generated: Sequence[int]
     seed_key: str
+    generated: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    additions: Sequence[Addition]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +165,9 @@ class EngineLoop:
         self._ended = asyncio.Event()
         self._thread.start()
 
-    def add(
-        self, key: str, request: GenerationRequest, *, seed_key: str, generated: Sequence[int] = ()
-    ) -> None:
-        self._commands.put(_Add(key, request, generated, seed_key))
+    def add(self, additions: Sequence[Addition]) -> None:
+        """Begin these requests; together, so that the thread is woken once."""
+        self._commands.put(_Add(additions))
 
     def cancel(self, key: str) -> None:
         """Drop a request; it isn't reported as done unless it was done before."""
@@ -212,31 +217,25 @@ class EngineLoop:
                 self.engine.cancel(command.key)
             elif isinstance(command, _Progress):
                 self._report(command.reply.set_result, self.engine.progress())
-            elif (refusal := self._add(command)) is not None:
-                refused.append(refusal)
+            else:
+                refused += filter(None, map(self._add, command.additions))
             wait = False
         if refused:
             self._report(self._on_done, refused)
         return True
 
-    def _add(self, command: _Add) -> Refusal | None:
+    def _add(self, addition: Addition) -> Refusal | None:
+        key, request, seed_key, generated = addition
         try:
-            self.engine.add(
-                command.key,
-                command.request,
-                generated=command.generated,
-                seed_key=command.seed_key,
-            )
+            self.engine.add(key, request, generated=generated, seed_key=seed_key)
         except EngineError:
             raise
         except Exception as error:  # such as a chat template that chokes: this request's alone
-            if command.generated:
+            if generated:
                 # a partial text that this engine can't take is no fault of the request
-                logger.warning(
-                    "%s begins anew: its partial text is refused: %s", command.key, error
-                )
-                return self._add(replace(command, generated=()))
-            return Refusal(command.key, error)
+                logger.warning("%s begins anew: its partial text is refused: %s", key, error)
+                return self._add(Addition(key, request, seed_key))
+            return Refusal(key, error)
         return None
 
     def _report(self, callback: Callable[[T], None], value: T) -> None:

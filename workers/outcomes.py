@@ -5,24 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic_core import to_json
 
 from queue_api.schemas import (
     MAX_ID_CHARS,
     CompletionOutput,
     ErrorDetail,
     GenerationRequest,
-    GenerationResult,
-    JobTimings,
 )
 from workers.engine_loop import Completion
 
 __all__ = [
     "CANCELLED",
     "TIMEOUT",
+    "Outcome",
     "TimeLimit",
     "request_id",
-    "result_of",
     "time_limit",
     "timings_of",
 ]
@@ -56,44 +55,70 @@ def time_limit(request: GenerationRequest) -> TimeLimit | None:
     return min(limits, key=lambda limit: limit.seconds, default=None)
 
 
-def result_of(
-    completion: Completion,
-    error: ErrorDetail | None,
-    request: GenerationRequest | None,
-    enqueued_at: float,
-    about: Mapping[str, Any],
-) -> GenerationResult:
-    """The result of one request, to be written now.
+@dataclass(slots=True)
+class Outcome:
+    """How one request ended: what its result is made of when it is written."""
 
-    :param request: None if it couldn't be read
-    :param enqueued_at: epoch seconds
-    :param about: id, run, index, model, model_revision, worker, attempt
-    """
-    with_tokens = request is not None and request.return_token_ids
-    fields: dict[str, Any] = {
-        **about,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "completion_tokens": completion.completion_tokens,
-        "timings": timings_of(completion, enqueued_at),
-    }
-    # what is left out isn't written either: most results have none of these
-    if with_tokens:
-        fields["token_ids"] = list(completion.token_ids)
-    if completion.logprobs is not None:
-        fields["logprobs"] = completion.logprobs
-    if completion.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = completion.prompt_logprobs
-    if completion.structured_output is not None:
-        fields["structured_output"] = completion.structured_output
-    if completion.samples:
-        fields["outputs"] = _outputs(completion, with_tokens=with_tokens)
-    if error is not None:
-        fields["error"] = error
-    if request is not None and request.metadata:
-        fields["metadata"] = request.metadata
-    return GenerationResult(**fields)
+    run: str | None
+    index: int
+    id: str
+    completion: Completion
+    error: ErrorDetail | None
+    request: GenerationRequest | None
+    """None if it couldn't be read."""
+    enqueued_at: float
+    """Epoch seconds."""
+    about: Mapping[str, object]
+    """What all results of its job have in common: model, model_revision, worker, attempt."""
+
+    def fields(self) -> dict[str, object]:
+        """Those of a GenerationResult that are set, written now.
+
+        No GenerationResult: checking what was checked before takes longer than all the rest.
+        """
+        completion, request = self.completion, self.request
+        with_tokens = request is not None and request.return_token_ids
+        fields = {
+            "id": self.id,
+            "run": self.run,
+            "index": self.index,
+            **self.about,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+            "timings": timings_of(completion, self.enqueued_at),
+        }
+        # what is left out isn't written either: most results have none of these
+        if with_tokens:
+            fields["token_ids"] = list(completion.token_ids)
+        if completion.logprobs is not None:
+            fields["logprobs"] = completion.logprobs
+        if completion.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = completion.prompt_logprobs
+        if completion.structured_output is not None:
+            fields["structured_output"] = completion.structured_output
+        if completion.samples:
+            fields["outputs"] = _outputs(completion, with_tokens=with_tokens)
+        if self.error is not None:
+            fields["error"] = self.error
+        if request is not None and request.metadata:
+            fields["metadata"] = request.metadata
+        return fields
+
+    def args(self) -> tuple[str | int | bytes, ...]:
+        """What emit.lua takes of it.
+
+        :raises ValueError: it can't be written as JSON
+        """
+        completion = self.completion
+        return (
+            self.index,
+            completion.finish_reason.value,
+            completion.prompt_tokens,
+            completion.completion_tokens,
+            to_json(self.fields(), inf_nan_mode="null"),
+        )
 
 
 def _outputs(completion: Completion, *, with_tokens: bool) -> list[CompletionOutput]:
@@ -110,8 +135,8 @@ def _outputs(completion: Completion, *, with_tokens: bool) -> list[CompletionOut
     ]
 
 
-def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
-    """Where the time went until now; what didn't happen takes no time.
+def timings_of(completion: Completion, enqueued_at: float) -> dict[str, object]:
+    """The JobTimings, where the time went until now; what didn't happen takes no time.
 
     :param enqueued_at: epoch seconds, of another host's clock: clamped, never negative
     """
@@ -124,7 +149,7 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
     decode_s = max(0.0, ended_at - first_at)
     publish_s = max(0.0, now_s - ended_at)
     num_tokens = completion.completion_tokens
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "queue_s": queue_s,
         "prefill_s": prefill_s,
         "decode_s": decode_s,
@@ -137,7 +162,7 @@ def timings_of(completion: Completion, enqueued_at: float) -> JobTimings:
         fields["inter_token_s"] = decode_s / (num_tokens - 1)
     if completion.stage_s:
         fields["stage_s"] = completion.stage_s
-    return JobTimings(**fields)
+    return fields
 
 
 def request_id(item: object, fallback: str) -> str:

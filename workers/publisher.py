@@ -14,7 +14,6 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
 from typing import Any
 
 import redis.asyncio as aredis
@@ -24,9 +23,10 @@ from queue_api.connection import PASSING
 from queue_api.runs import RunKeys, result_args
 from queue_api.schemas import GenerationResult
 from workers.leases import Lease, Leases
+from workers.outcomes import Outcome
 from workers.scripts import ScriptCall, Scripts
 
-__all__ = ["Publisher", "Unwritten"]
+__all__ = ["Publisher"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,25 +42,14 @@ GATHER_PARTS_S = 0.1
 LOST, LEFT_TO_RQ, RESULTS_LOST = 0, 2, 3
 
 
-@dataclass(frozen=True, slots=True)
-class Unwritten:
-    """A result on its way to its run."""
-
-    run: str
-    index: int
-    id: str
-    make: Callable[[], GenerationResult]
-    """Builds it when it is written, for it tells how long that took."""
-
-
-def _made(unwritten: Unwritten) -> tuple[str | int, ...]:
+def _written(run: str, outcome: Outcome) -> tuple[str | int | bytes, ...]:
     """What emit.lua takes of it."""
     try:
-        return result_args(unwritten.make())
+        return outcome.args()
     except ValueError as error:  # pydantic's are; one odd result mustn't hold up all others
-        logger.exception("a result of run %s can't be built", unwritten.run)
-        run, index = unwritten.run, unwritten.index
-        return result_args(GenerationResult.failed(unwritten.id, error, run=run, index=index))
+        logger.exception("a result of run %s can't be written", run)
+        failed = GenerationResult.failed(outcome.id, error, run=run, index=outcome.index)
+        return result_args(failed)
 
 
 @dataclass(slots=True)
@@ -88,7 +77,7 @@ class Publisher:
         self._scripts = scripts
         self._leases = leases
         self._run_ttl_s = run_ttl_s
-        self._results: list[Unwritten] = []
+        self._results: list[tuple[str, Outcome]] = []
         self._endings: list[_Ending] = []
         self._callbacks: list[Callable[[], None]] = []
         self._needless: list[str] = []
@@ -99,8 +88,9 @@ class Publisher:
         self._clean = asyncio.Event()
         self._clean.set()
 
-    def add_result(self, unwritten: Unwritten) -> None:
-        self._results.append(unwritten)
+    def add_result(self, run: str, outcome: Outcome) -> None:
+        """Write it to its run, as of when that happens."""
+        self._results.append((run, outcome))
         self._touch()
 
     def finish(
@@ -207,7 +197,7 @@ class Publisher:
             callback()
         del self._callbacks[: len(callbacks)]
 
-    async def _write(self, results: list[Unwritten], endings: list[_Ending]) -> None:
+    async def _write(self, results: list[tuple[str, Outcome]], endings: list[_Ending]) -> None:
         """Results and then the ends of their jobs, in one round trip.
 
         Should results not be written, finish.lua doesn't end a job that needs them.
@@ -224,14 +214,17 @@ class Publisher:
             self._settle(ending, reply)
         del self._endings[: len(endings)]
 
-    def _emits(self, batch: list[Unwritten]) -> list[ScriptCall]:
+    def _emits(self, batch: list[tuple[str, Outcome]]) -> list[ScriptCall]:
+        by_run: dict[str, list[Outcome]] = {}
+        for run, outcome in batch:
+            by_run.setdefault(run, []).append(outcome)
         calls: list[ScriptCall] = []
-        by_run = groupby(sorted(batch, key=lambda unwritten: unwritten.run), lambda one: one.run)
-        for run, group in by_run:
-            results = [_made(unwritten) for unwritten in group]
-            for start in range(0, len(results), MOST_RESULTS_PER_CALL):
-                part = results[start : start + MOST_RESULTS_PER_CALL]
-                args = [self._run_ttl_s, *chain.from_iterable(part)]
+        for run, outcomes in by_run.items():
+            for start in range(0, len(outcomes), MOST_RESULTS_PER_CALL):
+                part = outcomes[start : start + MOST_RESULTS_PER_CALL]
+                args: list[str | int | bytes] = [self._run_ttl_s]
+                for outcome in part:
+                    args += _written(run, outcome)
                 calls.append(("emit", RunKeys.of(run), args))
         return calls
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from typing import Protocol
 
 from redis.exceptions import RedisError
 
 from queue_api.errors import InvalidRequestError, RequestError
 from queue_api.jobs import parse_item
-from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest
+from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
 from workers.active import ActiveJob, ActiveRequest
 from workers.checkpoints import Checkpoints, Place
-from workers.engine_loop import Completion, EngineLoop, Refusal
+from workers.engine_loop import Addition, Completion, EngineLoop, Refusal
 from workers.leases import Lease, Leases
-from workers.outcomes import CANCELLED, TIMEOUT, result_of, time_limit
-from workers.publisher import Publisher, Unwritten
+from workers.outcomes import CANCELLED, TIMEOUT, Outcome, time_limit
+from workers.publisher import Publisher
 from workers.splitting import Because
 
 __all__ = ["Ends", "Runner"]
@@ -83,10 +82,21 @@ class Runner:
 
     def hold(self, leases: Sequence[Lease]) -> list[ActiveJob]:
         """Remember claimed jobs, so that their leases are renewed."""
-        jobs = [ActiveJob(lease, lease.enqueued_at) for lease in leases]
+        jobs = [ActiveJob(lease, lease.enqueued_at, self._about(lease)) for lease in leases]
         self.active |= {job.lease.execution_id: job for job in jobs}
         self.idle.clear()
         return jobs
+
+    def _about(self, lease: Lease) -> dict[str, object]:
+        engine = self._engine.engine
+        about = {
+            "model": engine.model_name,
+            "worker": self._worker_name,
+            "attempt": lease.attempt,
+        }
+        if engine.model_revision is not None:
+            about["model_revision"] = engine.model_revision
+        return about
 
     def refuse(self, active: ActiveRequest, error: ErrorDetail) -> None:
         """End a request that never began, and its job if it was the last."""
@@ -98,6 +108,7 @@ class Runner:
 
         :param begun: tokens that earlier attempts have kept
         """
+        additions = []
         for active in list(job.left.values()):
             try:
                 active.request = parse_item(active.item)
@@ -106,24 +117,26 @@ class Runner:
                 continue
             active.item = None
             if self._set_timer(active, active.request):
-                self._add(active, active.request, begun.get(active.place, []))
+                generated = begun.get(active.place, ())
+                additions.append(self._begin(active, active.request, generated))
+        if additions:
+            self._engine.add(additions)
         if (timeout_s := job.lease.number("timeout", 0)) > 0:
             why = f"took longer than the job's timeout of {timeout_s} s"
             overtime = ErrorDetail(code=TIMEOUT, message=why)
             job.timer = self._loop.call_later(timeout_s, self._expire_all, job, overtime)
         self._finish_if_done(job)
 
-    def _add(
+    def _begin(
         self, active: ActiveRequest, request: GenerationRequest, generated: Sequence[int]
-    ) -> None:
+    ) -> Addition:
         self._requests[active.key] = active
-        # the last token is never partial: the engine has to end the text itself
-        generated = generated[: request.sampling.max_tokens - 1]
         if generated:
+            # the last token is never partial: the engine has to end the text itself
+            generated = generated[: request.sampling.max_tokens - 1]
             logger.info("request %s goes on behind %d tokens", active.id, len(generated))
         self._checkpoints.begin(active.place, len(generated))
-        seed_key = f"{active.place.owner}/{request.id}"
-        self._engine.add(active.key, request, seed_key=seed_key, generated=generated)
+        return Addition(active.key, request, f"{active.place.owner}/{request.id}", generated)
 
     def _set_timer(self, active: ActiveRequest, request: GenerationRequest) -> bool:
         """False if its time is over already."""
@@ -215,21 +228,20 @@ class Runner:
         job.left.pop(active.index, None)
         job.answered.add(active.index)
         self._forget_partial([active.place])
-        about: dict[str, object] = {
-            "id": active.id,
-            "run": job.run,
-            "index": active.index,
-            "model": self._engine.engine.model_name,
-            "worker": self._worker_name,
-            "attempt": job.lease.attempt,
-        }
-        if (revision := self._engine.engine.model_revision) is not None:
-            about["model_revision"] = revision
-        make = partial(result_of, completion, error, active.request, job.enqueued_at, about)
+        outcome = Outcome(
+            job.run,
+            active.index,
+            active.id,
+            completion,
+            error,
+            active.request,
+            job.enqueued_at,
+            job.about,
+        )
         if job.run is None:
-            job.results.append(make())
+            job.results.append(GenerationResult.model_validate(outcome.fields()))
         else:
-            self._publisher.add_result(Unwritten(job.run, active.index, active.id, make))
+            self._publisher.add_result(job.run, outcome)
 
     def _finish_if_done(self, job: ActiveJob) -> None:
         if job.left or job.is_ending:
