@@ -48,7 +48,7 @@ class ChunkWriter:
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full
-        self._chunk: list[tuple[int, str]] = []
+        self._chunk: list[tuple[int, bytes]] = []
         self._calls: list[EnqueueCall] = []
         self._results: list[GenerationResult] = []
         self._waiting = 0
@@ -58,13 +58,20 @@ class ChunkWriter:
         self.submitted = 0
         """Requests below this index are on the queue or have ended."""
 
-    async def put(
-        self, index: int, item: GenerationRequest | GenerationResult, as_json: str | None = None
-    ) -> None:
-        """Take the next request, or what became of it already.
+    async def put(self, index: int, item: GenerationRequest | GenerationResult) -> None:
+        """Take the next request, or what became of it already, and send what is due.
+
+        :raises QueueFullError: unless it is to wait; to go on, submit the run again
+        """
+        if self.add(index, item):
+            await self.flush()
+
+    def add(
+        self, index: int, item: GenerationRequest | GenerationResult, as_json: bytes | None = None
+    ) -> bool:
+        """Take the next request; True if it is time to `flush`.
 
         :param as_json: the request in that form, if the caller has it
-        :raises QueueFullError: unless it is to wait; to go on, submit the run again
         """
         if self._chunk and self._chunk[0][0] // self._chunk_size != index // self._chunk_size:
             self._seal()
@@ -75,9 +82,9 @@ class ChunkWriter:
                 self._chunk.append((index, as_json or request_json(item)))
             else:
                 self._results.append(item)
-        overdue = time.monotonic() - self._flushed_at > LINGER_S
-        if (index + 1) % self._chunk_size == 0 and (overdue or self._waiting >= ENQUEUE_AT_ONCE):
-            await self.flush()
+        if (index + 1) % self._chunk_size:
+            return False
+        return self._waiting >= ENQUEUE_AT_ONCE or time.monotonic() - self._flushed_at > LINGER_S
 
     def skip(self, index: int) -> None:
         """Pass over a request that somebody knows to be done."""
@@ -85,7 +92,7 @@ class ChunkWriter:
 
     async def again(self, items: Sequence[tuple[int, GenerationRequest]]) -> None:
         """Enqueue requests whose jobs are gone once more."""
-        chunks: dict[int, list[tuple[int, str]]] = {}
+        chunks: dict[int, list[tuple[int, bytes]]] = {}
         for index, request in items:
             chunks.setdefault(index // self._chunk_size, []).append((index, request_json(request)))
         await self._enqueue(

@@ -65,7 +65,7 @@ class JobTemplate:
         self,
         job_id: str,
         run: str,
-        items: Sequence[tuple[int, str]],
+        items: Sequence[tuple[int, bytes]],
         *,
         at_front: bool = False,
     ) -> EnqueueCall:
@@ -77,7 +77,7 @@ class JobTemplate:
         payload = chunk_payload(run, items)
         fields = {
             **self._fields,
-            "data": zlib.compress(payload.encode(), 1),
+            "data": zlib.compress(payload, 1),
             "created_at": time,
             "enqueued_at": time,
             "description": f"{GENERATE} {run} {items[0][0]}-{items[-1][0]}",

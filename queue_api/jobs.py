@@ -102,18 +102,20 @@ class Chunk:
     """(index in the run, request as JSON value)"""
 
 
-def chunk_payload(run: str, items: Iterable[tuple[int, str]]) -> str:
+def chunk_payload(run: str, items: Iterable[tuple[int, bytes]]) -> bytes:
     """What the RQ job that holds these requests unpacks to, as JSON.
 
     :param items: (index in the run, request as JSON)
     """
-    requests = ",".join(f"[{index},{request}]" for index, request in items)
-    return f'["{GENERATE}",null,[],{{"run":{json.dumps(run)},"requests":[{requests}]}}]'
+    requests = b",".join([b"[%d,%b]" % item for item in items])
+    start = f'["{GENERATE}",null,[],{{"run":{json.dumps(run)},"requests":['
+    return start.encode() + requests + b"]}]"
 
 
-def request_json(request: GenerationRequest) -> str:
+def request_json(request: GenerationRequest) -> bytes:
     """A request as it stands in a job and in fingerprints."""
-    return request.model_dump_json(exclude_defaults=True)
+    # model_dump_json is this, decoded
+    return GenerationRequest.__pydantic_serializer__.to_json(request, exclude_defaults=True)
 
 
 def decode_chunk(job_id: str, data: bytes) -> Chunk:
@@ -174,8 +176,10 @@ def parse_item(item: object) -> GenerationRequest:
 
 def _nest_sampling(fields: Mapping[str, object]) -> dict[str, object]:
     """Flat fields, as users write them, to the wire form with `sampling` apart."""
-    flat = dict(fields)
-    sampling = {name: flat.pop(name) for name in SAMPLING_FIELDS & flat.keys()}
+    flat: dict[str, object] = {}
+    sampling: dict[str, object] = {}
+    for name, value in fields.items():
+        (sampling if name in SAMPLING_FIELDS else flat)[name] = value
     if sampling:
         if "sampling" in flat:
             raise InvalidRequestError("give sampling fields flat or in 'sampling', not both")

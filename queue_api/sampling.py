@@ -113,6 +113,12 @@ class SamplingParams(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     """The form that the text must have."""
 
+    def __eq__(self, other: object) -> bool:
+        # pydantic's, which whoever leaves out defaults calls for each request, takes much longer
+        return isinstance(other, SamplingParams) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # as ever: some fields are lists
+
     @model_validator(mode="before")
     @classmethod
     def _translate(cls, data: object) -> object:

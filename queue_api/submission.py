@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any
 
 from queue_api.chunk_writer import ChunkWriter
 from queue_api.errors import DuplicateRequestError, InvalidRequestError, RequestError
-from queue_api.jobs import request_from_fields
+from queue_api.jobs import request_from_fields, request_json
 from queue_api.sampling import own_names
 from queue_api.schemas import MAX_ID_CHARS, GenerationRequest, GenerationResult, SamplingParams
 from queue_api.store import RunStore
@@ -54,8 +54,14 @@ def fingerprint(items: Sequence[Item]) -> str:
     """Tells requests from others; the same for the same, in any process."""
     digest = hashlib.blake2b(digest_size=16)
     for item in items:
-        digest.update(item.model_dump_json(exclude_defaults=True).encode() + b"\n")
+        digest.update(_item_json(item) + b"\n")
     return digest.hexdigest()
+
+
+def _item_json(item: Item) -> bytes:
+    if isinstance(item, GenerationRequest):
+        return request_json(item)
+    return item.model_dump_json(exclude_defaults=True).encode()
 
 
 class Submission:
@@ -93,15 +99,39 @@ class Submission:
         :raises QueueFullError: the queue is full and it isn't to wait
         """
         self._only = only
-        async for given in _each(requests):
-            item = self._check(given, len(self.ids))
-            self.ids.append(item.id)
-            as_json = item.model_dump_json(exclude_defaults=True)
-            self._content.update(as_json.encode() + b"\n")
-            await self._take(item, as_json)
+        if isinstance(requests, AsyncIterable):
+            async for given in requests:
+                if self._take(given):
+                    await self._send()
+        elif isinstance(requests, str | Mapping):
+            raise InvalidRequestError("submit takes several requests: put the one into a list")
+        else:
+            for given in requests:
+                if self._take(given):
+                    await self._send()
         writer = self._writer or await self._open()
         await writer.flush()
         await self._close()
+
+    def _take(self, given: object) -> bool:
+        """Check the next one; True if there is something to `_send`."""
+        index = len(self.ids)
+        if self._known_total is not None and index >= self._known_total:
+            raise self._other_content()
+        item = self._check(given, index)
+        self.ids.append(item.id)
+        as_json = _item_json(item)
+        self._content.update(as_json + b"\n")
+        if self._writer is not None:
+            return self._put(self._writer, index, item, as_json)
+        self._head.append(item)
+        return len(self._head) >= HEAD
+
+    async def _send(self) -> None:
+        if self._writer is None:
+            await self._open()
+        else:
+            await self._writer.flush()
 
     def _check(self, given: object, index: int) -> Item:
         if isinstance(given, GenerationResult):
@@ -118,17 +148,6 @@ class Submission:
             return GenerationResult.failed(
                 request_id(given, index), error, run=self._run, index=index
             )
-
-    async def _take(self, item: Item, as_json: str) -> None:
-        index = len(self.ids) - 1
-        if self._known_total is not None and index >= self._known_total:
-            raise self._other_content()
-        if self._writer is not None:
-            await self._put(self._writer, index, item, as_json)
-            return
-        self._head.append(item)
-        if len(self._head) >= HEAD:
-            await self._open()
 
     async def _open(self) -> ChunkWriter:
         mark = fingerprint(self._head)
@@ -150,17 +169,18 @@ class Submission:
             wait_when_full=self._wait_when_full,
         )
         for index, item in enumerate(self._head):
-            await self._put(self._writer, index, item)
+            if self._put(self._writer, index, item):
+                await self._writer.flush()
         self._head.clear()
         return self._writer
 
-    async def _put(
-        self, writer: ChunkWriter, index: int, item: Item, as_json: str | None = None
-    ) -> None:
+    def _put(
+        self, writer: ChunkWriter, index: int, item: Item, as_json: bytes | None = None
+    ) -> bool:
         if self._only is None or index in self._only:
-            await writer.put(index, item, as_json)
-        else:
-            writer.skip(index)
+            return writer.add(index, item, as_json)
+        writer.skip(index)
+        return False
 
     async def _close(self) -> None:
         there = await self._store.open(self._run, content=self._content.hexdigest())
@@ -172,14 +192,3 @@ class Submission:
         return InvalidRequestError(
             f"run {self._run!r} was submitted before with other requests; choose another run id"
         )
-
-
-async def _each(requests: Requests) -> AsyncIterator[RequestLike]:
-    if isinstance(requests, AsyncIterable):
-        async for given in requests:
-            yield given
-        return
-    if isinstance(requests, str | Mapping):
-        raise InvalidRequestError("submit takes several requests: put the one into a list")
-    for given in requests:
-        yield given
