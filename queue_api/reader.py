@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from typing import Any, cast
 from uuid import uuid4
 
@@ -20,14 +19,14 @@ from queue_api.store import (
     Entry,
     RunStore,
     cancellations,
-    read_entry,
+    read_entries,
 )
 
 __all__ = ["ResultReader", "Subscription", "stream_order"]
 
 logger = logging.getLogger(__name__)
 
-MOST_UNREAD = 4 * READ_AT_ONCE
+MOST_UNREAD = 4000
 """A stream whose results nobody takes is left alone from here on."""
 WAKE_TTL_S = 60
 CANCEL_AGAIN_S = 0.1
@@ -43,7 +42,7 @@ class Subscription:
         self._reader = reader
         self.fetched = after
         """Id of the last entry that is here, taken or not."""
-        self._unread: deque[Entry] = deque()
+        self._unread: list[Entry] = []
         self._news = asyncio.Event()
         self._error: Exception | None = None
 
@@ -59,8 +58,7 @@ class Subscription:
                     await self._news.wait()
         if not self._unread and self._error is not None:
             raise self._error
-        entries = list(self._unread)
-        self._unread.clear()
+        entries, self._unread = self._unread, []
         self._news.clear()
         if entries:
             self.last = entries[-1][0]
@@ -85,7 +83,7 @@ class Subscription:
         behind = stream_order(self.fetched)
         new = [item for item in items if stream_order(item[0].decode()) > behind]
         if new:
-            self._unread.extend(entry for item in new if (entry := read_entry(item)))
+            self._unread += read_entries(new)
             self.fetched = new[-1][0].decode()
             self._news.set()
 

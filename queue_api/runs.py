@@ -3,7 +3,8 @@
     batchmill:{run}          hash: queue, total, chunk_size, submitted, fingerprint, content,
                              cancelled, created_at; counters done, prompt_tokens,
                              completion_tokens and finish:<reason>
-    batchmill:{run}:results  stream, one entry per request, in completion order
+    batchmill:{run}:results  stream of results, in completion order; an entry holds some,
+                             as fields named by the requests' indexes
     batchmill:{run}:done     bitmap by request index; who sets a bit may append the result
     batchmill:{run}:partial:<index>:<model>
                              string, the new tokens so far of a long generation, 4 bytes each;

@@ -30,14 +30,14 @@ __all__ = [
     "RunStore",
     "cancellations",
     "parse_result",
-    "read_entry",
+    "read_entries",
 ]
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 Entry = tuple[str, int, bytes]
-"""(id in the stream, index in the run, result as JSON)"""
+"""(id in the stream, index in the run, result as JSON); results written together share the id."""
 
 CANCELLED, LEFT_TO_RQ = 1, 2
 """What cancel.lua returns; 0 is a job that ended."""
@@ -46,7 +46,9 @@ CANCELLED, LEFT_TO_RQ = 1, 2
 EMIT_AT_ONCE = 250
 CANCEL_AT_ONCE = 250
 QUEUE_ENTRIES_AT_ONCE = 1_000_000
-READ_AT_ONCE = 1000
+READ_AT_ONCE = 100
+"""Entries; each holds up to 64 results (emit.lua)."""
+JOBS_AT_ONCE = 1000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 3.0
 
 
@@ -208,7 +210,7 @@ class RunStore:
                 self.redis.xrange(key, min=f"({after}", count=READ_AT_ONCE),
             )
         )
-        return [entry for item in raw if (entry := read_entry(item))]
+        return read_entries(raw)
 
     async def trim(self, run: str, through: str) -> None:
         """Forget the results up to and with the entry `through`: they are safe elsewhere."""
@@ -230,8 +232,8 @@ class RunStore:
         """These fields of the jobs' hashes; None where there is no such job or field."""
         keys = [GenerateJob.key_for(job_id) for job_id in job_ids]
         found: list[list[bytes | None]] = []
-        for start in range(0, len(keys), READ_AT_ONCE):
-            page = keys[start : start + READ_AT_ONCE]
+        for start in range(0, len(keys), JOBS_AT_ONCE):
+            page = keys[start : start + JOBS_AT_ONCE]
 
             async def talk(page: Sequence[Any] = page) -> list[list[bytes | None]]:
                 async with self.redis.pipeline(transaction=False) as pipe:
@@ -253,14 +255,19 @@ def cancellations() -> int:
     return task.cancelling() if task is not None else 0
 
 
-def read_entry(item: tuple[bytes, Mapping[bytes, bytes]]) -> Entry | None:
-    """A stream entry as redis-py returns it; None if it isn't one of ours."""
-    entry_id, fields = item
-    try:
-        return entry_id.decode(), int(fields[b"index"]), fields[b"result"]
-    except (KeyError, ValueError):
-        logger.warning("skipped entry %r of a result stream: not a result", entry_id)
-        return None
+def read_entries(items: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[Entry]:
+    """The results in entries of a stream as redis-py returns them; what isn't ours is left out."""
+    found: list[Entry] = []
+    for raw_id, fields in items:
+        entry_id = raw_id.decode()
+        try:
+            if b"result" in fields:  # one to an entry, as they were written once
+                found.append((entry_id, int(fields[b"index"]), fields[b"result"]))
+            else:
+                found += [(entry_id, int(index), raw) for index, raw in fields.items()]
+        except (KeyError, ValueError):
+            logger.warning("skipped entry %r of a result stream: not a result", raw_id)
+    return found
 
 
 def parse_result(run: str, index: int, raw: bytes) -> GenerationResult:

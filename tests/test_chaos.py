@@ -102,7 +102,7 @@ def test_the_audit_finds_what_is_missing_doubled_changed_or_left_behind(whole, c
     assert "a result 3 that nobody asked for" in violations()
     output.write_text(as_it_was)
     connection.xadd(RunKeys.of("waves-0").results, {"index": 1, "result": "{}"})
-    assert "4 entries for 3 requests" in violations()
+    assert "4 results for 3 requests" in violations()
     connection.setbit(RunKeys.of("waves-0").done, 0, 0)
     assert "3 done and 2 bits of 3" in violations()
     connection.rpush("rq:queue:echo", "job")

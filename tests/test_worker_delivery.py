@@ -8,7 +8,7 @@ import signal
 import pytest
 from rq import Queue
 from rq.job import Job
-from worker_kit import QUEUE, completed, num_done, status, submit, until
+from worker_kit import QUEUE, completed, num_done, results, status, submit, until
 
 from queue_api.enqueue import JobTemplate
 from queue_api.jobs import request_json
@@ -247,3 +247,12 @@ def test_a_result_that_redis_lost_is_made_again(connection, start_worker):
     assert [result.text.split()[0] for result in completed(connection, "run", 2)] == ["w0", "w1"]
     until(lambda: status(connection, "run-0") == "finished")
     assert connection.hget(keys.hash, "done") == b"2"
+
+
+def test_one_result_that_redis_lost_among_many_is_made_again(connection, start_worker):
+    start_worker("echo:tokens=5,step_s=0.01", max_num_seqs=1)
+    submit(connection, "run", [f"w{i}" for i in range(40)], chunk_size=40)
+    until(lambda: num_done(connection, "run") >= 34)
+    connection.setbit(RunKeys.of("run").done, 33, 0)
+    until(lambda: status(connection, "run-0") == "finished")
+    assert sorted(result.index for result in results(connection, "run")) == sorted([*range(40), 33])

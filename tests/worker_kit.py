@@ -21,6 +21,7 @@ from queue_api.runs import RunKeys
 from queue_api.schemas import GenerationRequest, GenerationResult
 from queue_api.scripts import load_script
 from queue_api.settings import QueueSettings
+from queue_api.store import read_entries
 
 QUEUE = "batchmill"
 PATIENCE_S = 60.0
@@ -115,13 +116,13 @@ def submit(
 
 
 def num_done(connection: redis.Redis, run: str) -> int:
-    return connection.xlen(RunKeys.of(run).results)
+    return len(read_entries(connection.xrange(RunKeys.of(run).results)))
 
 
 def results(connection: redis.Redis, run: str) -> list[GenerationResult]:
-    """All entries of the run's stream, in their order."""
-    entries = connection.xrange(RunKeys.of(run).results)
-    return [GenerationResult.model_validate_json(fields[b"result"]) for _, fields in entries]
+    """All results in the run's stream, in their order."""
+    entries = read_entries(connection.xrange(RunKeys.of(run).results))
+    return [GenerationResult.model_validate_json(raw) for _, _, raw in entries]
 
 
 def completed(connection: redis.Redis, run: str, total: int) -> list[GenerationResult]:

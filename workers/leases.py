@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ from workers.scripts import ScriptCall, Scripts
 __all__ = ["Beat", "Claim", "Lease", "Leases"]
 
 MOST_JOBS_PER_CLAIM = 128
+MOST_IN_A_SPAN = 32
 FAIR_EVERY = 16
 """Every so many claims begin with the next queue in turn instead of the best."""
 
@@ -206,7 +208,8 @@ class Leases:
         """The call that ends a job with success.
 
         :param return_value: base64 of JSON
-        :param answered: which of the run's requests have to have results, or it isn't ended
+        :param answered: which of the run's requests, in order, have to have results, or it isn't
+            ended
         """
         job_key = Job.key_for(lease.job_id)
         keys = [
@@ -222,7 +225,7 @@ class Leases:
         if run is not None:
             run_keys = RunKeys.of(run)
             keys += [run_keys.hash, run_keys.done]
-            args += answered
+            args += chain.from_iterable(_spans(answered))
         return "finish", keys, args
 
     async def abandon(self, leases: Iterable[Lease]) -> None:
@@ -241,6 +244,19 @@ class Leases:
 
 def _named(leases: Iterable[Lease]) -> list[str]:
     return [part for one in leases for part in (one.queue, one.job_id, one.execution_id)]
+
+
+def _spans(indexes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(first, how many) of indexes that follow each other, as finish.lua looks at them."""
+    first, end = 0, 0
+    for index in indexes:
+        if index != end or index - first == MOST_IN_A_SPAN:
+            if end > first:
+                yield first, end - first
+            first = index
+        end = index + 1
+    if end > first:
+        yield first, end - first
 
 
 def _queue_key(queue: str) -> str:

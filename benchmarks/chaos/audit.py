@@ -15,6 +15,7 @@ from benchmarks.chaos.harness import Disturbed, Outcomes
 from benchmarks.chaos.workload import Part
 from queue_api.runs import RunKeys
 from queue_api.schemas import GenerationResult
+from queue_api.store import read_entries
 
 __all__ = ["Audit"]
 
@@ -98,9 +99,9 @@ class Audit:
             self._wrong(f"{run}: Redis counts {done} done and {bits} bits of {total}")
         if part.client == "rows":
             return  # its client trims the stream as it writes
-        indexes = Counter(int(fields[b"index"]) for _, fields in connection.xrange(keys.results))
+        indexes = Counter(index for _, index, _ in read_entries(connection.xrange(keys.results)))
         if sorted(indexes) != list(range(total)) or indexes.total() != total:
-            self._wrong(f"{run}: its stream has {indexes.total()} entries for {total} requests")
+            self._wrong(f"{run}: its stream has {indexes.total()} results for {total} requests")
 
     def _check_rest(self, connection: redis.Redis) -> None:
         """No job is left behind, and nothing that stays for ever."""

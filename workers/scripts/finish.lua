@@ -7,7 +7,7 @@
 --       of a job with a run also  10 run hash  11 done bitmap
 -- ARGV  1 job id  2 execution id  3 time for people (ISO)  4 worker name
 --       5 return value (base64 of JSON)  6 start (epoch seconds)  7 default result_ttl (seconds)
---       8… indexes of the run's requests that have their results
+--       8… (first index, how many, at most 32) of the run's requests that have their results
 -- Returns 1 finished, 0 lease lost, 2 left alone: RQ's own handler has to do it, because jobs
 -- depend on each other, it repeats, or it holds a slot of a rate limit or a place in a group.
 -- 3 left alone: results that were written are gone, lost in a crash of Redis; do them again.
@@ -18,14 +18,13 @@ if not redis.call('ZSCORE', KEYS[2], composite) or redis.call('EXISTS', KEYS[1])
 end
 if #ARGV > 7 and redis.call('EXISTS', KEYS[10]) == 1 then
   local reads = {}
-  for i = 8, #ARGV do
-    reads[#reads + 1] = 'GET'
-    reads[#reads + 1] = 'u1'
-    reads[#reads + 1] = ARGV[i]
+  for i = 8, #ARGV, 2 do
+    local n = #reads
+    reads[n + 1], reads[n + 2], reads[n + 3] = 'GET', 'u' .. ARGV[i + 1], ARGV[i]
   end
   -- pcall: somebody's key of another type in the bitmap's place would stay so for ever
-  for _, bit in ipairs(redis.pcall('BITFIELD_RO', KEYS[11], unpack(reads))) do
-    if bit == 0 then
+  for n, bits in ipairs(redis.pcall('BITFIELD_RO', KEYS[11], unpack(reads))) do
+    if bits ~= 2 ^ ARGV[6 + 2 * n + 1] - 1 then
       return 3
     end
   end
