@@ -250,9 +250,18 @@ def test_a_result_that_redis_lost_is_made_again(connection, start_worker):
 
 
 def test_one_result_that_redis_lost_among_many_is_made_again(connection, start_worker):
-    start_worker("echo:tokens=5,step_s=0.01", max_num_seqs=1)
-    submit(connection, "run", [f"w{i}" for i in range(40)], chunk_size=40)
-    until(lambda: num_done(connection, "run") >= 34)
-    connection.setbit(RunKeys.of("run").done, 33, 0)
+    start_worker("echo:tokens=300,step_s=0.01", max_num_seqs=1)
+    template = JobTemplate(connection, QUEUE, QueueSettings())
+    keys = RunKeys.of("run")
+    connection.hset(keys.hash, mapping={"queue": QUEUE, "total": 40, "chunk_size": 40})
+    requests = [
+        GenerationRequest(id=f"id-{i}", prompt="w", sampling={"max_tokens": n})
+        for i, n in enumerate([1] * 39 + [300])
+    ]
+    items = [(i, request_json(request)) for i, request in enumerate(requests)]
+    call = template.call("run-0", "run", items)
+    assert connection.register_script(load_script("enqueue"))(call.keys, call.args) == 1
+    until(lambda: num_done(connection, "run") == 39)
+    connection.setbit(keys.done, 33, 0)
     until(lambda: status(connection, "run-0") == "finished")
     assert sorted(result.index for result in results(connection, "run")) == sorted([*range(40), 33])
