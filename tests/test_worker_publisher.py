@@ -41,12 +41,12 @@ def test_a_result_does_not_wait_when_the_engine_runs_empty(connection, start_wor
         assert completed(connection, run, 1)[0].ok
 
 
-def test_a_jobs_end_does_not_wait_for_other_jobs(connection, start_worker):
+def test_the_end_of_a_job_of_one_does_not_wait_for_other_jobs(connection, start_worker):
     start_worker("echo:tokens=1000,step_s=0.01", script=PARTS_IN_AN_HOUR + SERVE)
     submit(connection, "before", ["a b"], max_tokens=1)
     completed(connection, "before", 1)
     submit(connection, "long", ["a b"])
-    submit(connection, "short", ["a b"] * 4, max_tokens=3)
+    submit(connection, "short", ["a b"] * 4, max_tokens=3, chunk_size=1)
     assert len(completed(connection, "short", 4)) == 4
     assert num_done(connection, "long") == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
 from typing import TypeVar
 
 import redis.asyncio as aredis
@@ -48,7 +49,7 @@ async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
 
 
 class Intake:
-    """Claims jobs for a runner while it has room for `capacity` requests."""
+    """Claims jobs for a runner while it has room."""
 
     def __init__(
         self,
@@ -56,13 +57,13 @@ class Intake:
         leases: Leases,
         checkpoints: Checkpoints,
         runner: Runner,
-        capacity: int,
     ) -> None:
         self._connection = connection
         self._leases = leases
         self._checkpoints = checkpoints
         self._runner = runner
-        self._capacity = capacity
+        self._looked_up: dict[str, float] = {}
+        """By run, when it was last seen not to be cancelled."""
         self._may_hold_unknown = False
         self._is_closing = False
 
@@ -87,7 +88,7 @@ class Intake:
         if self._may_hold_unknown:
             await self._leases.release_unknown(active)
             self._may_hold_unknown = False
-        want = self._capacity - self._runner.num_requests
+        want = self._runner.room
         runs_alone = any(self._leases.runs_alone(job.lease) for job in active.values())
         if want <= 0 or runs_alone:
             await self._something_ends()
@@ -111,8 +112,9 @@ class Intake:
     async def _take(self, leases: Sequence[Lease]) -> None:
         """Hold these jobs, leave out what has a result already, and start the rest."""
         jobs = [job for job in self._runner.hold(leases) if self._read(job)]
-        # a run cancelled after its job was enqueued a moment ago is noticed by the next heartbeat
-        old = [job for job in jobs if not job.lease.is_first or job.age_s > FRESH_S]
+        # a run cancelled a moment ago is noticed by the next heartbeat
+        self._looked_up = {r: t for r, t in self._looked_up.items() if t > monotonic() - FRESH_S}
+        old = [job for job in jobs if not job.lease.is_first or self._may_be_cancelled(job)]
         runs = sorted({job.run for job in old if job.run is not None})
         again = [job for job in jobs if not job.lease.is_first]
         indexes: dict[str, list[int]] = {}
@@ -121,6 +123,7 @@ class Intake:
                 indexes.setdefault(job.run, []).extend(job.left)
         begun = [active.place for job in again for active in job.left.values()]
         found = await patiently(lambda: look_up(self._connection, runs, indexes))
+        self._looked_up |= dict.fromkeys(set(runs) - found.cancelled, monotonic())
         partial = await patiently(lambda: self._checkpoints.load(begun))
         for job in jobs:
             if job.is_ending:
@@ -134,6 +137,9 @@ class Intake:
                 self._runner.split_suspects(job, job.run)
             else:
                 self._runner.start(job, partial)
+
+    def _may_be_cancelled(self, job: ActiveJob) -> bool:
+        return job.age_s > FRESH_S and job.run not in self._looked_up
 
     def _read(self, job: ActiveJob) -> bool:
         """Put the job's requests into `left`; False if the job ends here."""

@@ -34,10 +34,11 @@ MOST_RESULTS_PER_FLUSH = 2000
 MOST_RESULTS_PER_CALL = 500
 RETRY_S = 0.5
 GATHER_S = 0.03
-"""From one round trip to the next while the engine has more to do: it delays the end of a job by
-no more than about a step of a model, and spares a worker of many small steps most round trips."""
+"""From one round trip to the next while the engine has more to do: it delays the end of a job of
+one request by no more than about a step of a model, and spares a worker of many small steps most
+round trips."""
 GATHER_PARTS_S = 0.1
-"""The same for results of jobs that haven't ended: who sent many at once waits for the rest."""
+"""The same while no such job has ended: who sent many at once waits for the rest of them."""
 
 LOST, LEFT_TO_RQ, RESULTS_LOST = 0, 2, 3
 
@@ -83,7 +84,7 @@ class Publisher:
         self._needless: list[str] = []
         self._dirty = asyncio.Event()
         self._urgent = asyncio.Event()
-        self._has_endings = asyncio.Event()
+        self._has_single = asyncio.Event()
         self._wrote_at = float("-inf")
         self._clean = asyncio.Event()
         self._clean.set()
@@ -104,7 +105,8 @@ class Publisher:
         :param answered: indexes of the run that have results
         """
         self._endings.append(_Ending(lease, return_value, run, answered))
-        self._has_endings.set()
+        if len(answered) <= 1:
+            self._has_single.set()
         self._touch()
 
     def release(self, lease: Lease) -> None:
@@ -132,11 +134,11 @@ class Publisher:
     def hurry(self) -> None:
         """Write what there is at once: nothing more will come soon."""
         self._urgent.set()
-        self._has_endings.set()
+        self._has_single.set()
 
     async def _gather(self) -> None:
         """Wait for more to write along, unless it is urgent or the last write is long past."""
-        await self._wait_since_write(self._has_endings, GATHER_PARTS_S)
+        await self._wait_since_write(self._has_single, GATHER_PARTS_S)
         await self._wait_since_write(self._urgent, GATHER_S)
         self._urgent.clear()
 
@@ -166,7 +168,7 @@ class Publisher:
             await self._dirty.wait()
             await self._gather()
             self._dirty.clear()
-            self._has_endings.clear()
+            self._has_single.clear()
             try:
                 await self._flush()
             except PASSING as error:

@@ -54,13 +54,16 @@ class Runner:
         worker_name: str,
         checkpoints: Checkpoints,
         ends: Ends,
+        capacity: int,
     ) -> None:
+        """:param capacity: requests that it is to hold"""
         self._leases = leases
         self._publisher = publisher
         self._engine = engine
         self._worker_name = worker_name
         self._checkpoints = checkpoints
         self._ends = ends
+        self._capacity = capacity
         self._loop = asyncio.get_running_loop()
         self.active: dict[str, ActiveJob] = {}
         """By execution id."""
@@ -76,9 +79,9 @@ class Runner:
     # --- begin ------------------------------------------------------------------------------
 
     @property
-    def num_requests(self) -> int:
-        """How many requests the engine has."""
-        return len(self._requests)
+    def room(self) -> int:
+        """For how many more requests; negative if the last job was larger than the room."""
+        return self._capacity - len(self._requests)
 
     def hold(self, leases: Sequence[Lease]) -> list[ActiveJob]:
         """Remember claimed jobs, so that their leases are renewed."""
@@ -188,7 +191,8 @@ class Runner:
             self._finish_if_done(job)
         if not self._requests:
             self._publisher.hurry()
-        self.freed.set()
+        if self.room > 0:
+            self.freed.set()
 
     def on_progress(self, progress: Mapping[str, Sequence[int]]) -> None:
         """Keep partial texts, unless the last ones are still on their way."""

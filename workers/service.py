@@ -87,12 +87,11 @@ class Service:
             worker_name=worker.name,
             checkpoints=self._checkpoints,
             ends=self._ends,
+            capacity=settings.requests_held,
         )
         self._ends.attach(self._runner)
         self._keeper = Keeper(self._connection, leases, self._runner)
-        self._intake = Intake(
-            self._connection, leases, self._checkpoints, self._runner, settings.requests_held
-        )
+        self._intake = Intake(self._connection, leases, self._checkpoints, self._runner)
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
