@@ -18,6 +18,7 @@ from workers.scripts import Scripts
 AN_HOUR = "import workers.publisher as p\np.{} = 3600\n"
 PARTS_IN_AN_HOUR = AN_HOUR.format("GATHER_PARTS_S")
 ALL_IN_AN_HOUR = PARTS_IN_AN_HOUR + AN_HOUR.format("GATHER_S")
+ALL_IN_AN_HOUR += "import workers.engine_loop as e\ne.HAND_OVER_S = 3600\n"
 
 
 def num_script_calls(connection) -> int:

@@ -1,7 +1,8 @@
 """The engine in a thread of its own, so that asyncio never waits for torch.
 
-Commands (add, cancel) go in through a queue and are applied between two steps; what a step
-completed comes out in one call on the event loop.
+Commands (add, cancel) go in through a queue and are applied between two steps. What is completed
+comes out in calls on the event loop: at once if the engine has nothing more to do or was quiet
+before, else with what the next steps complete, for waking the loop costs more than a result.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from queue_api.errors import EngineError
 from queue_api.schemas import (
@@ -28,7 +29,8 @@ __all__ = ["Addition", "Completion", "Engine", "EngineLoop", "Refusal"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+HAND_OVER_S = 0.05
+"""From one call with completions to the next while the engine has more to do."""
 
 
 class Completion(Protocol):
@@ -140,6 +142,11 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: SimpleQueue[_Add | _Cancel | _Progress | _Stop] = SimpleQueue()
+        self._completed: deque[Completion] = deque()
+        """What the event loop hasn't heard of yet; filled by the thread, emptied by the loop."""
+        self._will_look = False
+        """The event loop comes for completions by itself."""
+        self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -191,24 +198,25 @@ class EngineLoop:
             while self._apply_commands():
                 if not self.engine.has_unfinished():
                     continue
-                if done := self.engine.step():
-                    self._report(self._on_done, done)
+                self._completed.extend(self.engine.step())
+                if self._completed and not (self._will_look and self.engine.has_unfinished()):
+                    self._report(self._hand_over)
                 steps += 1
                 if steps % self._steps_between == 0:
                     self._report(self._on_progress, self.engine.progress())
         except BaseException as error:
             logger.critical("engine failed: %s", error, exc_info=True)
+            self._report(self._hand_over)
             self._report(self._on_crash, error)
         finally:
             self._close()
 
     def _apply_commands(self) -> bool:
         """Apply all that waits, or wait for something if the engine is idle; False to stop."""
-        refused: list[Completion] = []
         wait = not self.engine.has_unfinished()
         while True:
             try:
-                command = self._commands.get(block=wait and not refused)
+                command = self._commands.get(block=wait)
             except Empty:
                 break
             if isinstance(command, _Stop):
@@ -218,10 +226,11 @@ class EngineLoop:
             elif isinstance(command, _Progress):
                 self._report(command.reply.set_result, self.engine.progress())
             else:
-                refused += filter(None, map(self._add, command.additions))
+                refused = [r for r in map(self._add, command.additions) if r is not None]
+                if refused:
+                    self._completed.extend(refused)
+                    self._report(self._hand_over)
             wait = False
-        if refused:
-            self._report(self._on_done, refused)
         return True
 
     def _add(self, addition: Addition) -> Refusal | None:
@@ -238,10 +247,26 @@ class EngineLoop:
             return Refusal(key, error)
         return None
 
-    def _report(self, callback: Callable[[T], None], value: T) -> None:
+    def _hand_over(self) -> None:
+        """On the event loop: tell of what was completed, and look for more in a while."""
+        if self._timer is not None:
+            self._timer.cancel()
+        assert self._loop is not None
+        self._will_look = True
+        self._timer = self._loop.call_later(HAND_OVER_S, self._look_again)
+        if done := [self._completed.popleft() for _ in range(len(self._completed))]:
+            self._on_done(done)
+
+    def _look_again(self) -> None:
+        # in this order: what the thread adds from here on is seen here, or reported by it
+        self._will_look = False
+        if self._completed:
+            self._hand_over()
+
+    def _report(self, callback: Callable[..., object], *values: Any) -> None:
         assert self._loop is not None
         try:
-            self._loop.call_soon_threadsafe(callback, value)
+            self._loop.call_soon_threadsafe(callback, *values)
         except RuntimeError:  # the event loop is closed: the worker is gone already
             logger.debug("nobody left to hear from the engine")
 
@@ -251,6 +276,5 @@ class EngineLoop:
             self.engine.close()
         except Exception:
             logger.exception("engine didn't close cleanly")
-        assert self._loop is not None
-        with suppress(RuntimeError):  # the event loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(self._ended.set)
+        self._report(self._hand_over)
+        self._report(self._ended.set)

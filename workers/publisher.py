@@ -39,6 +39,9 @@ one request by no more than about a step of a model, and spares a worker of many
 round trips."""
 GATHER_PARTS_S = 0.1
 """The same while no such job has ended: who sent many at once waits for the rest of them."""
+NEARLY = 0.75
+"""What comes when so much of a pause is over is written at once: waking for nothing else costs a
+worker that is else asleep more than a result does."""
 
 LOST, LEFT_TO_RQ, RESULTS_LOST = 0, 2, 3
 
@@ -84,7 +87,7 @@ class Publisher:
         self._needless: list[str] = []
         self._dirty = asyncio.Event()
         self._urgent = asyncio.Event()
-        self._has_single = asyncio.Event()
+        self._stop_gathering = asyncio.Event()
         self._wrote_at = float("-inf")
         self._clean = asyncio.Event()
         self._clean.set()
@@ -92,6 +95,8 @@ class Publisher:
     def add_result(self, run: str, outcome: Outcome) -> None:
         """Write it to its run, as of when that happens."""
         self._results.append((run, outcome))
+        if time.monotonic() > self._wrote_at + NEARLY * GATHER_PARTS_S:
+            self._stop_gathering.set()
         self._touch()
 
     def finish(
@@ -106,7 +111,7 @@ class Publisher:
         """
         self._endings.append(_Ending(lease, return_value, run, answered))
         if len(answered) <= 1:
-            self._has_single.set()
+            self._stop_gathering.set()
         self._touch()
 
     def release(self, lease: Lease) -> None:
@@ -134,11 +139,11 @@ class Publisher:
     def hurry(self) -> None:
         """Write what there is at once: nothing more will come soon."""
         self._urgent.set()
-        self._has_single.set()
+        self._stop_gathering.set()
 
     async def _gather(self) -> None:
         """Wait for more to write along, unless it is urgent or the last write is long past."""
-        await self._wait_since_write(self._has_single, GATHER_PARTS_S)
+        await self._wait_since_write(self._stop_gathering, GATHER_PARTS_S)
         await self._wait_since_write(self._urgent, GATHER_S)
         self._urgent.clear()
 
@@ -168,7 +173,8 @@ class Publisher:
             await self._dirty.wait()
             await self._gather()
             self._dirty.clear()
-            self._has_single.clear()
+            self._stop_gathering.clear()
+            self._wrote_at = time.monotonic()
             try:
                 await self._flush()
             except PASSING as error:
@@ -180,7 +186,6 @@ class Publisher:
                 )
                 self._dirty.set()
                 await asyncio.sleep(RETRY_S)
-            self._wrote_at = time.monotonic()
             if self._results or self._endings or self._callbacks or self._needless:
                 self._dirty.set()
             else:
