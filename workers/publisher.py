@@ -95,8 +95,6 @@ class Publisher:
     def add_result(self, run: str, outcome: Outcome) -> None:
         """Write it to its run, as of when that happens."""
         self._results.append((run, outcome))
-        if time.monotonic() > self._wrote_at + NEARLY * GATHER_PARTS_S:
-            self._stop_gathering.set()
         self._touch()
 
     def finish(
@@ -140,6 +138,11 @@ class Publisher:
         """Write what there is at once: nothing more will come soon."""
         self._urgent.set()
         self._stop_gathering.set()
+
+    def nudge(self) -> None:
+        """Write what there is if a pause is nearly over anyway."""
+        if time.monotonic() > self._wrote_at + NEARLY * GATHER_PARTS_S:
+            self._stop_gathering.set()
 
     async def _gather(self) -> None:
         """Wait for more to write along, unless it is urgent or the last write is long past."""

@@ -191,6 +191,7 @@ class Runner:
             self._finish_if_done(job)
         if not self._requests:
             self._publisher.hurry()
+        self._publisher.nudge()
         if self.room > 0:
             self.freed.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -27,6 +28,9 @@ from workers.settings import WorkerSettings
 __all__ = ["BatchWorker", "run_worker"]
 
 logger = logging.getLogger(__name__)
+
+COLLECT_AFTER = 20_000
+"""New objects after which the garbage collector looks at them."""
 
 
 class BatchWorker(BaseWorker):
@@ -84,6 +88,7 @@ class BatchWorker(BaseWorker):
         register(self, self.connection)
         self.set_state(WorkerStatus.STARTED)
         logger.info("worker %s serves %s", self.name, ", ".join(self.queue_names()))
+        _collect_seldom()
         try:
             return asyncio.run(self._serve())
         finally:
@@ -96,6 +101,17 @@ class BatchWorker(BaseWorker):
     async def _serve(self) -> int:
         service = Service(self, self._settings, self._engine, self._handlers, self._maintenance)
         return await service.run()
+
+
+def _collect_seldom() -> None:
+    """Keep the garbage collector from looking in vain; that took a tenth of the queue's time.
+
+    The model and all modules stay. What a request is made of goes without it, but not before the
+    request ends, so looking after each 700 new objects finds nothing. Nor do an engine's steps
+    leave cycles, which could keep tensors.
+    """
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
 
 
 def run_worker(settings: WorkerSettings) -> int:
