@@ -16,9 +16,9 @@ from workers.publisher import Publisher
 from workers.scripts import Scripts
 
 AN_HOUR = "import workers.publisher as p\np.{} = 3600\n"
-PARTS_IN_AN_HOUR = AN_HOUR.format("GATHER_PARTS_S")
-ALL_IN_AN_HOUR = PARTS_IN_AN_HOUR + AN_HOUR.format("GATHER_S")
-ALL_IN_AN_HOUR += "import workers.engine_loop as e\ne.HAND_OVER_S = 3600\n"
+CHUNKS_IN_AN_HOUR = AN_HOUR.format("GATHER_PARTS_S")
+CHUNKS_IN_AN_HOUR += "import workers.engine_loop as e\ne.HAND_OVER_S = 3600\n"
+ALL_IN_AN_HOUR = CHUNKS_IN_AN_HOUR + AN_HOUR.format("GATHER_S") + "e.HAND_OVER_SOON_S = 3600\n"
 
 
 def num_script_calls(connection) -> int:
@@ -43,10 +43,10 @@ def test_a_result_does_not_wait_when_the_engine_runs_empty(connection, start_wor
 
 
 def test_the_end_of_a_job_of_one_does_not_wait_for_other_jobs(connection, start_worker):
-    start_worker("echo:tokens=1000,step_s=0.01", script=PARTS_IN_AN_HOUR + SERVE)
+    start_worker("echo:tokens=1000,step_s=0.01", script=CHUNKS_IN_AN_HOUR + SERVE)
     submit(connection, "before", ["a b"], max_tokens=1)
     completed(connection, "before", 1)
-    submit(connection, "long", ["a b"])
+    submit(connection, "long", ["a b"] * 2)
     submit(connection, "short", ["a b"] * 4, max_tokens=3, chunk_size=1)
     assert len(completed(connection, "short", 4)) == 4
     assert num_done(connection, "long") == 0

@@ -29,8 +29,8 @@ __all__ = ["Addition", "Completion", "Engine", "EngineLoop", "Refusal"]
 
 logger = logging.getLogger(__name__)
 
-HAND_OVER_S = 0.05
-"""From one call with completions to the next while the engine has more to do."""
+HAND_OVER_S, HAND_OVER_SOON_S = 0.1, 0.03
+"""From one call with completions to the next while the engine has more to do; see `is_hasty`."""
 
 
 class Completion(Protocol):
@@ -147,6 +147,8 @@ class EngineLoop:
         self._will_look = False
         """The event loop comes for completions by itself."""
         self._timer: asyncio.TimerHandle | None = None
+        self.is_hasty = False
+        """Somebody may wait for a single completion: tell of them sooner."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -253,7 +255,8 @@ class EngineLoop:
             self._timer.cancel()
         assert self._loop is not None
         self._will_look = True
-        self._timer = self._loop.call_later(HAND_OVER_S, self._look_again)
+        pause_s = HAND_OVER_SOON_S if self.is_hasty else HAND_OVER_S
+        self._timer = self._loop.call_later(pause_s, self._look_again)
         if done := [self._completed.popleft() for _ in range(len(self._completed))]:
             self._on_done(done)
 

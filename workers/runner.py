@@ -67,6 +67,8 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self.active: dict[str, ActiveJob] = {}
         """By execution id."""
+        self._num_single = 0
+        """Jobs of one request that are held."""
         self.is_suspended = False
         self.idle = asyncio.Event()
         """Set while no job is held."""
@@ -87,6 +89,8 @@ class Runner:
         """Remember claimed jobs, so that their leases are renewed."""
         jobs = [ActiveJob(lease, lease.enqueued_at, self._about(lease)) for lease in leases]
         self.active |= {job.lease.execution_id: job for job in jobs}
+        self._num_single += sum(lease.size == 1 for lease in leases)
+        self._engine.is_hasty = self._num_single > 0
         self.idle.clear()
         return jobs
 
@@ -266,6 +270,8 @@ class Runner:
         job = self.active.pop(lease.execution_id, None)
         if job is not None:
             job.stop_timer()
+            self._num_single -= lease.size == 1
+            self._engine.is_hasty = self._num_single > 0
             self._checkpoints.forgetting(active.place for active in job.left.values())
         self.freed.set()
         if not self.active:
