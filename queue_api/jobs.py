@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from rq import Queue
 from rq.job import Job
 
 from queue_api.errors import BatchmillError, InvalidRequestError
 from queue_api.runs import is_run_id
 from queue_api.sampling import SAMPLING_FIELDS
-from queue_api.schemas import GenerationRequest
+from queue_api.schemas import MOST_FIELDS, GenerationRequest
 
 __all__ = [
     "GENERATE",
@@ -34,6 +35,7 @@ __all__ = [
     "chunk_payload",
     "decode_chunk",
     "parse_item",
+    "parse_items",
     "request_from_fields",
     "request_json",
     "single_job_id",
@@ -47,6 +49,7 @@ MAX_RETRIES_FIELD = "max_retries"
 MAX_PAYLOAD_BYTES = 64 * 2**20
 """A job's data may not unpack to more than this; a zip bomb ends as a failed job."""
 MAX_REQUESTS_PER_JOB = 1024
+_REQUESTS = TypeAdapter(list[GenerationRequest])
 
 
 def chunk_job_id(run: str, chunk: int) -> str:
@@ -172,6 +175,23 @@ def parse_item(item: object) -> GenerationRequest:
     :raises InvalidRequestError: for this request alone
     """
     return GenerationRequest.parse(item)
+
+
+def parse_items(items: Sequence[object]) -> list[GenerationRequest | InvalidRequestError]:
+    """Check the requests of a chunk: all at once, and if one is wrong, each on its own."""
+    if not any(isinstance(item, dict) and len(item) > MOST_FIELDS for item in items):
+        try:
+            return [*_REQUESTS.validate_python(items)]
+        except ValidationError:
+            pass
+    return [_request_or_error(item) for item in items]
+
+
+def _request_or_error(item: object) -> GenerationRequest | InvalidRequestError:
+    try:
+        return parse_item(item)
+    except InvalidRequestError as error:
+        return error
 
 
 def _nest_sampling(fields: Mapping[str, object]) -> dict[str, object]:

@@ -151,7 +151,7 @@ class GenerationRequest(BaseModel):
 
         :raises InvalidRequestError: saying which field is wrong, its value, and the limit
         """
-        if isinstance(data, dict) and len(data) > 2 * NUM_FIELDS:
+        if isinstance(data, dict) and len(data) > MOST_FIELDS:
             raise InvalidRequestError(
                 f"{len(data)} fields; a request has no more than {NUM_FIELDS}"
             )
@@ -162,6 +162,8 @@ class GenerationRequest(BaseModel):
 
 
 NUM_FIELDS = len(GenerationRequest.model_fields)
+MOST_FIELDS = 2 * NUM_FIELDS
+"""Of a request that is read at all: each that is unknown would be told."""
 
 
 class ErrorDetail(BaseModel):

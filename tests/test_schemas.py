@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from queue_api.errors import GenerationFailedError, InvalidRequestError
-from queue_api.jobs import request_from_fields
+from queue_api.jobs import parse_items, request_from_fields
 from queue_api.schemas import ErrorDetail, GenerationRequest, GenerationResult, SamplingParams
 from queue_api.submission import as_request
 
@@ -187,3 +187,20 @@ def test_defaults_of_one_request_are_not_those_of_another() -> None:
     first, second = SamplingParams(), SamplingParams()
     first.bad_words.append("a")
     assert second.bad_words == []
+
+
+def test_of_a_chunk_only_what_is_wrong_is_refused() -> None:
+    good = {"id": "a", "prompt": "p", "sampling": {"max_tokens": 3}}
+    bad = [
+        {**good, "prompt": ""},
+        {**good, "sampling": {"top_p": 2}},
+        "text",
+        dict.fromkeys("b" * 9),
+    ]
+    many = {f"field{i}": i for i in range(100)}
+    alone = [str(error) for error in parse_items(bad)]
+    assert alone[:2] == ["'prompt' is empty", "'top_p' is 2: must be at most 1"]
+    found = parse_items([good, *bad, good, many])
+    assert [found[0], found[-2]] == parse_items([good, good]) == [GenerationRequest.parse(good)] * 2
+    assert [str(error) for error in found[1:-2]] == alone
+    assert "100 fields; a request has no more than" in str(found[-1])

@@ -14,7 +14,7 @@ from typing import Protocol
 from redis.exceptions import RedisError
 
 from queue_api.errors import InvalidRequestError, RequestError
-from queue_api.jobs import parse_item
+from queue_api.jobs import parse_items
 from queue_api.schemas import ErrorDetail, FinishReason, GenerationRequest, GenerationResult
 from workers.active import ActiveJob, ActiveRequest
 from workers.checkpoints import Checkpoints, Place
@@ -116,16 +116,16 @@ class Runner:
         :param begun: tokens that earlier attempts have kept
         """
         additions = []
-        for active in list(job.left.values()):
-            try:
-                active.request = parse_item(active.item)
-            except InvalidRequestError as error:
-                self._end_with_error(active, ErrorDetail.of(error))
+        actives = list(job.left.values())
+        parsed = parse_items([active.item for active in actives])
+        for active, request in zip(actives, parsed, strict=True):
+            if isinstance(request, InvalidRequestError):
+                self._end_with_error(active, ErrorDetail.of(request))
                 continue
-            active.item = None
-            if self._set_timer(active, active.request):
+            active.request, active.item = request, None
+            if self._set_timer(active, request):
                 generated = begun.get(active.place, ())
-                additions.append(self._begin(active, active.request, generated))
+                additions.append(self._begin(active, request, generated))
         if additions:
             self._engine.add(additions)
         if (timeout_s := job.lease.number("timeout", 0)) > 0:
