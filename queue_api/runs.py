@@ -2,7 +2,7 @@
 
     batchmill:{run}          hash: queue, total, chunk_size, submitted, fingerprint, content,
                              cancelled, created_at; counters done, prompt_tokens,
-                             completion_tokens and finish:<reason>
+                             completion_tokens, suppressed and finish:<reason>
     batchmill:{run}:results  stream of results, in completion order; an entry holds some,
                              as fields named by the requests' indexes
     batchmill:{run}:done     bitmap by request index; who sets a bit may append the result
@@ -117,6 +117,8 @@ class RunStatus:
     finish_reasons: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    suppressed: int = 0
+    """Results that came though their requests had one: of work that was done twice."""
     submitted: int = 0
     """How many of the requests have been put on the queue or ended at once."""
     chunk_size: int = 1
@@ -148,6 +150,7 @@ class RunStatus:
             },
             prompt_tokens=int(fields.get("prompt_tokens", 0)),
             completion_tokens=int(fields.get("completion_tokens", 0)),
+            suppressed=int(fields.get("suppressed", 0)),
             submitted=int(fields.get("submitted", 0)),
             chunk_size=int(fields.get("chunk_size", 1)),
             cancelled=fields.get("cancelled") == "1",

@@ -40,6 +40,7 @@ def test_of_results_that_overlap_each_requests_first_is_kept_and_counted(connect
     status = RunStatus.from_hash("run", connection.hgetall(KEYS.hash))
     assert (status.done, status.prompt_tokens, status.completion_tokens) == (61, 183, 122)
     assert status.finish_reasons == {"length": 31, "stop": 30}
+    assert status.suppressed == 21
 
 
 def test_an_entry_of_the_stream_stays_small(connection, emit):

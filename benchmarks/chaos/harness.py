@@ -146,10 +146,6 @@ class _Chaos:
         self._is_redis_up = True
         self._runs = [run for part in happened.parts for run, _ in part.runs()]
         self._done = 0
-        self._done_at_start = 0
-        """When this server was started."""
-        self._suppressed = 0
-        """By earlier servers."""
         self._workers = self._make_workers()
         self._clients = {part.name: self._make_client(part) for part in happened.parts}
 
@@ -227,15 +223,10 @@ class _Chaos:
         with suppress(redis.RedisError):
             pipeline = self.connection.pipeline()
             for run in self._runs:
-                pipeline.hget(RunKeys.of(run).hash, "done")
-            pipeline.info("commandstats")
-            *done, commands = pipeline.execute()
-            self._done = sum(int(value or 0) for value in done)
-            # the script that writes results does one SETBIT for each that it is sent; the server
-            # counts them since its start
-            sent = commands.get("cmdstat_setbit", {}).get("calls", 0)
-            suppressed = self._suppressed + sent - (self._done - self._done_at_start)
-            self._happened.duplicates_suppressed = suppressed
+                pipeline.hmget(RunKeys.of(run).hash, "done", "suppressed")
+            counts = [[int(count or 0) for count in both] for both in pipeline.execute()]
+            self._done = sum(done for done, _ in counts)
+            self._happened.duplicates_suppressed = sum(suppressed for _, suppressed in counts)
         return self._done > before
 
     def _take_due(self, now: float) -> None:
@@ -287,11 +278,7 @@ class _Chaos:
 
     def _restart_redis(self) -> None:
         self._server.restart(kill=True)
-        self._suppressed = self._happened.duplicates_suppressed
         self._is_redis_up = True
-        self._done_at_start = 0
-        self._look()
-        self._done_at_start = self._done
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         self._timed.append((time.monotonic() + seconds, act))

@@ -47,6 +47,9 @@ if new > 0 then
     redis.call('HINCRBY', KEYS[1], 'finish:' .. reason, count)
   end
 end
+if new < #was_done then
+  redis.call('HINCRBY', KEYS[1], 'suppressed', #was_done - new)
+end
 for k = 1, 3 do
   redis.call('EXPIRE', KEYS[k], ARGV[1])
 end
