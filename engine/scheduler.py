@@ -125,7 +125,8 @@ class Scheduler:
         """
         places = -(-len(self._running) // self.num_groups)
         ready = list(islice(filter(self._can_run, self._running.values()), places))
-        ready.sort(key=lambda s: s.num_pending > 1)  # stable: decodes, then prefills in turn
+        # Stable: decodes, then prompts that were begun, lest they end last and alone, then others.
+        ready.sort(key=lambda s: (s.num_pending > 1, s.num_cached == 0))
         work: list[tuple[Sequence, int]] = []
         budget = self.max_batch_tokens
         for sequence in ready:

@@ -189,3 +189,21 @@ def test_sequences_are_spread_over_the_micro_batches(num_groups: int) -> None:
     sizes = [len(drive.scheduler.schedule()) for _ in range(num_groups)]
     assert sizes == [6 // num_groups] * num_groups
     assert drive.scheduler.schedule() == []
+
+
+def test_a_prompt_that_was_begun_is_read_before_others():
+    """Else the one cut off by each micro-batch's budget would wait for all that came later."""
+    scheduler = Scheduler(SlotAllocator(1000), max_num_seqs=8, max_batch_tokens=10)
+    for number in range(8):
+        scheduler.add(text(number, prompt=15, new=20))
+    scheduler.admit()
+    read: list[int] = []
+    while len(read) < 8:
+        work = scheduler.schedule()
+        for sequence, count in work:
+            scheduler.computed(sequence, count)
+            if sequence.num_pending == 0:
+                if sequence.num_generated == 0:
+                    read.append(sequence.number)
+                sequence.append(0)
+    assert read == list(range(8))

@@ -39,7 +39,7 @@ CONTESTANTS = (
         "batchmill, 1 stage",
         "batchmill",
         imports=("torch", "transformers", "pydantic"),
-        settings={"max_num_seqs": 128, "max_batch_tokens": 1024},
+        settings={"max_num_seqs": 128, "max_batch_tokens": 512},
         tries=tuple(
             {"max_num_seqs": n, "max_batch_tokens": t}
             for n, t in ((64, 256), (64, 512), (128, 256), (128, 512), (128, 1024))
@@ -50,7 +50,7 @@ CONTESTANTS = (
         "batchmill, 2 stages",
         "batchmill",
         imports=("torch", "transformers", "pydantic"),
-        settings={"stages": 2, "max_num_seqs": 128, "max_batch_tokens": 1024},
+        settings={"stages": 2, "max_num_seqs": 128, "max_batch_tokens": 512},
         tries=tuple(
             {"stages": 2, "max_num_seqs": 128, "max_batch_tokens": t, "pipeline": pipeline}
             for pipeline in ("inline", "threads")
