@@ -75,3 +75,11 @@ def test_while_the_engine_goes_on_completions_are_told_all_the_same() -> None:
     engine = EchoEngine(tokens=10**9, step_s=0.001)
     additions = [addition(n) for n in (1, 2, 3, 10**9)]
     assert asyncio.run(told_until(engine, additions, "3")) == ["1", "2", "3"]
+
+
+@pytest.mark.usefixtures("an_hour")
+def test_an_engine_with_places_left_is_told_of_at_once() -> None:
+    """Else it would run short of work until somebody looks."""
+    engine = EchoEngine(tokens=10**9, step_s=0.02, max_num_seqs=8)
+    additions = [addition(n) for n in (1, 2, 9, 10**9)]
+    assert asyncio.run(told_until(engine, additions, "9")) == ["1", "2", "9"]

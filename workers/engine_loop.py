@@ -29,8 +29,9 @@ __all__ = ["Addition", "Completion", "Engine", "EngineLoop", "Refusal"]
 
 logger = logging.getLogger(__name__)
 
-HAND_OVER_S, HAND_OVER_SOON_S = 0.1, 0.03
-"""From one call with completions to the next while the engine has more to do; see `is_hasty`."""
+HAND_OVER_S, HAND_OVER_SOON_S = 0.25, 0.03
+"""From one call with completions to the next while the engine has more to do than places for it.
+The shorter one while it has places, so that it is given more, and while `is_hasty`."""
 
 
 class Completion(Protocol):
@@ -75,6 +76,11 @@ class Engine(Protocol):
     def cancel(self, key: str) -> bool: ...
     def step(self) -> Sequence[Completion]: ...
     def has_unfinished(self) -> bool: ...
+
+    def num_free_seqs(self) -> int:
+        """How many more requests could run at once."""
+        ...
+
     def progress(self) -> Mapping[str, Sequence[int]]:
         """New tokens so far of what is running; copies, for they go to another thread."""
         ...
@@ -147,6 +153,7 @@ class EngineLoop:
         self._will_look = False
         """The event loop comes for completions by itself."""
         self._timer: asyncio.TimerHandle | None = None
+        self._handed_over_at = float("-inf")
         self.is_hasty = False
         """Somebody may wait for a single completion: tell of them sooner."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -201,7 +208,7 @@ class EngineLoop:
                 if not self.engine.has_unfinished():
                     continue
                 self._completed.extend(self.engine.step())
-                if self._completed and not (self._will_look and self.engine.has_unfinished()):
+                if self._completed and self._is_due():
                     self._report(self._hand_over)
                 steps += 1
                 if steps % self._steps_between == 0:
@@ -212,6 +219,13 @@ class EngineLoop:
             self._report(self._on_crash, error)
         finally:
             self._close()
+
+    def _is_due(self) -> bool:
+        """Whether the event loop is to hear of completions before it comes for them by itself."""
+        if not self._will_look or not self.engine.has_unfinished():
+            return True
+        is_long_ago = time.monotonic() > self._handed_over_at + HAND_OVER_SOON_S
+        return is_long_ago and self.engine.num_free_seqs() > 0
 
     def _apply_commands(self) -> bool:
         """Apply all that waits, or wait for something if the engine is idle; False to stop."""
@@ -255,6 +269,7 @@ class EngineLoop:
             self._timer.cancel()
         assert self._loop is not None
         self._will_look = True
+        self._handed_over_at = time.monotonic()
         pause_s = HAND_OVER_SOON_S if self.is_hasty else HAND_OVER_S
         self._timer = self._loop.call_later(pause_s, self._look_again)
         if done := [self._completed.popleft() for _ in range(len(self._completed))]:

@@ -138,7 +138,7 @@ class EchoEngine:
         return bool(self._waiting or self._running)
 
     def num_free_seqs(self) -> int:
-        return self._max_num_seqs - len(self._running)
+        return max(0, self._max_num_seqs - len(self._running) - len(self._waiting))
 
     def progress(self) -> Mapping[str, Sequence[int]]:
         return {key: tuple(echo.generated) for key, echo in self._running.items()}

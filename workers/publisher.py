@@ -37,7 +37,7 @@ GATHER_S = 0.03
 """From one round trip to the next while the engine has more to do: it delays the end of a job of
 one request by no more than about a step of a model, and spares a worker of many small steps most
 round trips."""
-GATHER_PARTS_S = 0.1
+GATHER_PARTS_S = 0.25
 """The same while no such job has ended: who sent many at once waits for the rest of them."""
 NEARLY = 0.75
 """What comes when so much of a pause is over is written at once: waking for nothing else costs a
