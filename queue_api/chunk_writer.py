@@ -41,10 +41,11 @@ class ChunkWriter:
         done: Bitmap,
         submitted: int = 0,
         wait_when_full: bool = True,
+        job_ttl_s: int | None = None,
     ) -> None:
         self._store = store
         self._run = run
-        self._template = store.template(queue)
+        self._template = store.template(queue, job_ttl_s)
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full

@@ -25,6 +25,9 @@ from queue_api.summary import Progress, RunSummary
 __all__ = ["DatasetRun", "OpenedRun"]
 
 PROGRESS_EVERY_S = 0.1
+FINISHED_JOB_TTL_S = 5
+"""A finished job holds its prompts, and a long run finishes many: at most so many seconds' worth of
+them stay in Redis beside the window."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class DatasetRun:
             chunk_size=opened.chunk_size,
             submitted=opened.submitted,
             done=Bitmap(),  # which rows are done is decided here, with the output file
+            job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
         )
         self._pending: dict[int, Row] = {}
         """Rows read and not yet written."""

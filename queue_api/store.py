@@ -60,7 +60,7 @@ class RunStore:
         self.redis: aredis.Redis = connect_async(settings.redis_url, settings.max_connections)
         self.rq_connection: redis.Redis = connect(settings.redis_url, max_connections=2)
         """For RQ's own API, which isn't asyncio; used in threads."""
-        self._templates: dict[str, JobTemplate] = {}
+        self._templates: dict[tuple[str, int], JobTemplate] = {}
         self._enqueue = self.redis.register_script(load_script("enqueue"))
         self._emit = self.redis.register_script(load_script("emit"))
         self._cancel = self.redis.register_script(load_script("cancel"))
@@ -87,11 +87,13 @@ class RunStore:
         await self.redis.connection_pool.disconnect()
         self.rq_connection.close()
 
-    def template(self, queue: str) -> JobTemplate:
-        """What makes the jobs of that queue."""
-        if queue not in self._templates:
-            self._templates[queue] = JobTemplate(self.rq_connection, queue, self.settings)
-        return self._templates[queue]
+    def template(self, queue: str, job_ttl_s: int | None = None) -> JobTemplate:
+        """What makes the jobs of that queue; `job_ttl_s` in place of the settings' if given."""
+        ttl_s = self.settings.job_ttl_s if job_ttl_s is None else job_ttl_s
+        if (queue, ttl_s) not in self._templates:
+            settings = self.settings.model_copy(update={"job_ttl_s": ttl_s})
+            self._templates[queue, ttl_s] = JobTemplate(self.rq_connection, queue, settings)
+        return self._templates[queue, ttl_s]
 
     async def call(self, talk: Callable[[], Awaitable[_T]]) -> _T:
         """Send commands that may be sent twice; go on trying while the connection is lost.

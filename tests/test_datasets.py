@@ -72,7 +72,9 @@ def test_a_dataset_run_holds_no_more_than_its_window_in_redis(
         def answer(self, jobs: int = 1, queue: str = "batchmill") -> int:
             nonlocal most
             stream = RunKeys.of(dataset_run_id(source, output)).results
-            waiting = sum(len(job.kwargs["requests"]) for job in rq_queue(connection).jobs)
+            jobs = rq_queue(connection).jobs
+            waiting = sum(len(job.kwargs["requests"]) for job in jobs)
+            assert all(job.result_ttl <= 5 for job in jobs), "finished jobs would pile up"
             most = max(most, waiting + len(read_entries(connection.xrange(stream))))
             return super().answer(1)
 
