@@ -96,7 +96,8 @@ class LocalCluster:
         if late:
             logger.warning("%d workers didn't end in %.0f s", len(late), self._stop_timeout_s)
             self._signal_all(signal.SIGKILL)
-            await asyncio.wait(late)
+        # looked at here, for `watch` raises the first of their errors only
+        await asyncio.gather(*self._watchers, return_exceptions=True)
 
     def _last_words(self, otherwise: str) -> str:
         last = self._last_lines[-1] if self._last_lines else otherwise
