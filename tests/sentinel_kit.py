@@ -74,10 +74,20 @@ class SentinelGroup:
     def switch(self) -> None:
         """Have the replica take over from a primary that lives."""
         first = self.primary
-        with redis.Redis(port=self.sentinel) as client:
-            client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+        until(self._ask_to_switch)
         until(lambda: self.primary != first)
         until(lambda: self.info(first).get("role") == "slave")
+
+    def _ask_to_switch(self) -> bool:
+        """False while Sentinel doesn't know yet that the replica is fit."""
+        with redis.Redis(port=self.sentinel) as client:
+            try:
+                client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+            except redis.ResponseError as error:
+                if "NOGOODSLAVE" in str(error):
+                    return False
+                raise
+        return True
 
     def info(self, port: int) -> dict[str, object]:
         with contextlib.suppress(redis.RedisError), redis.Redis(port=port) as client:
