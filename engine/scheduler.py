@@ -189,8 +189,7 @@ class Scheduler:
     def take_back(self, sequence: Sequence) -> None:
         """Note that a sequence's micro-batch failed, so that its tokens are to run again."""
         sequence.in_flight = False
-        if (
-            sequence.copy is not None
-        ):  # Some stages may not have made it, and its source may be gone.
+        if sequence.copy is not None:
+            # Some stages may not have made it, and its source may be gone.
             sequence.copy = None
             sequence.num_cached = 0

@@ -2,7 +2,8 @@
 
 Commands (add, cancel) go in through a queue and are applied between two steps. What is completed
 comes out in calls on the event loop: at once if the engine has nothing more to do or was quiet
-before, else with what the next steps complete, for waking the loop costs more than a result.
+before, soon if it has places for more, else with what the next steps complete, for waking the loop
+costs more than a result.
 """
 
 from __future__ import annotations
