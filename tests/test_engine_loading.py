@@ -203,10 +203,12 @@ def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
 @pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
 )
-@pytest.mark.parametrize("has_mkl", [True, False])
+@pytest.mark.parametrize("layout", ["panels", "mkl", "onednn"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linears_compute_what_they_replace(bias: bool, has_mkl: bool, monkeypatch) -> None:
-    if not has_mkl:
+def test_packed_linears_compute_what_they_replace(bias: bool, layout: str, monkeypatch) -> None:
+    if layout != "panels":
+        monkeypatch.setattr("engine.packed_linear.packed_product", lambda: None)
+    if layout == "onednn":
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8))
     packed = copy.deepcopy(model)

@@ -1,0 +1,93 @@
+"""The compiled product, against PyTorch's own on the same numbers."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.native_library import native_library
+from engine.packed_product import PackedProduct, packed_product
+
+# What older CPUs have, left out of what this one can.
+OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
+
+
+@pytest.fixture(scope="module", params=OLDER)
+def product(request: pytest.FixtureRequest, tmp_path_factory) -> PackedProduct:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setenv("CC", f"cc {request.param}")
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("older")))
+        library = native_library.__wrapped__("packed_product")
+    if library is None:
+        pytest.skip("no C compiler here")
+    return PackedProduct(library)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [1, 31, 64, 100])
+@pytest.mark.parametrize("inputs", [1, 24, 256, 700])
+@pytest.mark.usefixtures("threads")
+def test_equals_pytorch_s(product: PackedProduct, inputs: int, outputs: int, bias: bool):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    added = torch.randn(outputs, generator=generator) if bias else None
+    packed = product.pack(weight)
+    for rows in (0, 1, 2, 13, 14, 15, 57, 300):
+        x = torch.randn(1, rows, inputs, generator=generator)
+        expected = F.linear(x.double(), weight.double(), added if added is None else added.double())
+        found = product(x, packed, added, outputs)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@given(st.data())
+def test_a_row_s_numbers_don_t_depend_on_its_neighbours(data: st.DataObject):
+    product = packed_product()
+    if product is None:
+        pytest.skip("no C compiler here")
+    rows, inputs = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 600))
+    outputs = data.draw(st.integers(1, 90))
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator)
+    packed = product.pack(torch.randn(outputs, inputs, generator=generator))
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=40))
+    whole = product(x, packed, None, outputs)
+    assert torch.equal(product(x[chosen], packed, None, outputs), whole[chosen])
+
+
+def test_rows_with_gaps_are_taken_as_they_are():
+    product = packed_product()
+    if product is None:
+        pytest.skip("no C compiler here")
+    x, weight = torch.randn(7, 40), torch.randn(9, 40)
+    found = product(x[::2], product.pack(weight), None, 9)
+    torch.testing.assert_close(found, F.linear(x[::2], weight))
+    found = product(x, product.pack(weight.T.contiguous().T), None, 9)
+    torch.testing.assert_close(found, F.linear(x, weight))
+
+
+def test_what_doesn_t_fit_is_refused():
+    product = packed_product()
+    if product is None:
+        pytest.skip("no C compiler here")
+    packed = product.pack(torch.randn(9, 40))
+    for x, bias in (
+        (torch.randn(3, 39), None),
+        (torch.randn(3, 40).double(), None),
+        (torch.randn(3, 40), torch.randn(8)),
+    ):
+        with pytest.raises(ValueError, match=r"no product of|bias of shape"):
+            product(x, packed, bias, 9)
