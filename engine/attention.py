@@ -24,7 +24,14 @@ from engine.kv_cache import KVPool, KVShape
 from engine.masks import MaskRule, describe_mask
 from queue_api.errors import UnsupportedModelError
 
-__all__ = ["ATTENTION_NAME", "AttentionCall", "attend_packed", "attending"]
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionCall",
+    "CacheWrittenError",
+    "attend_packed",
+    "attending",
+    "current_call",
+]
 
 ATTENTION_NAME = "batchmill"
 
@@ -38,12 +45,16 @@ class AttentionCall:
         pool: KVPool | None,
         first_layer: int,
         backend: AttentionBackend,
+        *,
+        writes_only: bool = False,
     ) -> None:
         self.batch = batch
         self.pool = pool
         """None: attend over the batch's own tokens alone."""
         self.first_layer = first_layer
         self.backend = backend
+        self.writes_only = writes_only
+        """End the forward with `CacheWrittenError` instead of attending."""
         self.shapes: dict[int, KVShape] = {}
         """Local layer to the shape of its K and V, as seen."""
         self.rules: dict[int, MaskRule] = {}
@@ -52,18 +63,35 @@ class AttentionCall:
         """Local layer to its query heads, as seen."""
         self.num_calls = 0
 
+    def of_tokens(self, tokens: torch.Tensor, *, writes_only: bool = False) -> AttentionCall:
+        """The same for some of the batch's packed tokens, [n] int64, ascending."""
+        part = self.batch.of_tokens(tokens)
+        return AttentionCall(
+            part, self.pool, self.first_layer, self.backend, writes_only=writes_only
+        )
+
+
+class CacheWrittenError(Exception):
+    """Ends a forward of which nothing but the new K and V was wanted; they are written."""
+
 
 _current = threading.local()
+
+
+def current_call() -> AttentionCall | None:
+    """The one that attention functions of this thread work for now."""
+    return getattr(_current, "call", None)
 
 
 @contextmanager
 def attending(call: AttentionCall) -> Iterator[None]:
     """Make `call` the one that attention functions of this thread work for."""
+    before = current_call()
     _current.call = call
     try:
         yield
     finally:
-        _current.call = None
+        _current.call = before
 
 
 def attend_packed(  # noqa: PLR0917 - transformers calls it so
@@ -81,6 +109,7 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
 
     :returns: [1, T, H, D] and no attention weights
     :raises UnsupportedModelError: for a bias or a mask that isn't understood here
+    :raises CacheWrittenError: if the call wants nothing else
     """
     call: AttentionCall = _current.call
     if not isinstance(attention_mask, MaskRule):
@@ -95,6 +124,8 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
         slots = call.batch.on(query.device)[1]
         assert slots is not None
         keys, values = call.pool.write(layer, slots, key[0], value[0])  # each [Hkv, S, D]
+        if call.writes_only:
+            raise CacheWrittenError
     else:
         call.rules[layer] = attention_mask
         call.shapes[layer] = KVShape(key.shape[1], key.shape[3], value.shape[3])

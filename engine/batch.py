@@ -76,6 +76,30 @@ class ForwardBatch:
             )
         return self._on_device[device]
 
+    def of_tokens(self, tokens: torch.Tensor) -> ForwardBatch:
+        """Some of the packed tokens, [n] int64, ascending: each a segment of its own.
+
+        They see what they saw in the whole batch, so of a batch with slots alone.
+        """
+        assert self.slots is not None
+        segments: list[Segment] = []
+        whole = iter(self.segments)
+        segment = next(whole)
+        for start, token in enumerate(tokens.tolist()):
+            while token >= segment.start + segment.count:
+                segment = next(whole)
+            past = segment.past + token - segment.start
+            segments.append(Segment(start, 1, past, segment.first_slot, segment.number))
+        return ForwardBatch(
+            segments=segments,
+            token_ids=self.token_ids[tokens],
+            positions=self.positions[tokens],
+            slots=self.slots[tokens],
+            logit_rows=torch.arange(len(tokens)),
+            sequences=[],
+            due=[],
+        )
+
     @classmethod
     def pack(cls, work: Iterable[tuple[Sequence, int]], *, use_cache: bool = True) -> ForwardBatch:
         """Pack the next `count` pending tokens of each sequence.

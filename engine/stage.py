@@ -30,6 +30,7 @@ from engine.cut_check import LayerInputs, hidden_place
 from engine.decode_graphs import DecodeGraphs, capture_for
 from engine.fused_layers import fuse_layers
 from engine.kv_cache import KVPool, KVShape
+from engine.last_layer import LastLayer
 from engine.packed_linear import can_pack, pack_linears
 from engine.partition import StageSpec
 from engine.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
@@ -75,6 +76,7 @@ class Stage:
             self._layers[0].register_forward_pre_hook(self._inject, with_kwargs=True)
         if not spec.is_last:
             self._layers[-1].register_forward_hook(self._capture)
+        self._last_layer = LastLayer(self._layers[-1]) if spec.is_last else None
         self._blank_noise = 0.0
 
     @classmethod
@@ -283,7 +285,7 @@ class Stage:
         reasons: list[str] = []
         for backend in self._backends:
             self.attention = backend
-            failure = self._try(inbound, expected, "packed", stepwise=False)
+            failure = self._try_packed(inbound, expected)
             if failure is None:
                 where = f"stage {self.spec.index} on {self.device}"
                 logger.info("%s: attention by %s", where, backend.name)
@@ -309,6 +311,20 @@ class Stage:
     def _tolerance(self) -> float:
         """Packed or not, sums run in another order; half precision rounds them coarsely."""
         return 1e-3 if self.dtype == torch.float32 else 5e-2
+
+    def _try_packed(self, inbound: torch.Tensor, expected: torch.Tensor) -> Exception | None:
+        """As `_try`, the last layer without what nobody reads or, if that is wrong, with it."""
+        if self._last_layer is None:
+            return self._try(inbound, expected, "packed", stepwise=False)
+        self._last_layer.trims = True
+        failure = self._try(inbound, expected, "packed", stepwise=False)
+        if failure is None:
+            return None
+        self._last_layer.trims = False
+        other = self._try(inbound, expected, "packed", stepwise=False)
+        if other is None:
+            logger.info("the last layer computes all tokens: %s", _said(failure))
+        return other
 
     def _try(
         self,
