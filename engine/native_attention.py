@@ -1,34 +1,93 @@
-"""`decode_attention.c`, called with checked arguments.
+"""`decode_attention.c` and `prompt_attention.c`, called with checked arguments.
 
-A batch's single new tokens otherwise cost one SDPA call per sequence and layer.
+A batch otherwise costs one SDPA call per sequence and layer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from engine.attention_backend import AttentionTask
+from engine.batch import ForwardBatch
+from engine.masks import MaskRule
 from engine.native_library import native_library
-from engine.sdpa import attend_spans, plan_of
+from engine.sdpa import SdpaBackend
 
-__all__ = ["CompiledBackend", "DecodeAttention", "decode_attention"]
+__all__ = ["CompiledBackend", "NativeAttention", "SpanTable", "native_attention"]
 
 
-class DecodeAttention:
-    """Attention of a batch's single new tokens, over the keys and values of one layer's pool."""
+@dataclass(frozen=True)
+class SpanTable:
+    """A batch's spans, as the C code reads them, and what bounds them."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.attend_decodes
+    decodes: torch.Tensor
+    """[n, 3] int64: a row of T, its first slot and the slot after its last."""
+    prompts: torch.Tensor
+    """[n, 4] int64: a first row of T, a number of rows, the sequence's first slot, and its tokens
+    before them."""
+    longest: int
+    """Keys of any span."""
+    num_rows: int
+    """Rows that `out` needs at least."""
+    num_slots: int
+    """Slots that the pool needs at least."""
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, rule: MaskRule) -> SpanTable:
+        """All of the batch's spans under `rule`.
+
+        :raises ValueError: if one begins before the first row or slot, or has no key
+        """
+        decodes, prompts = [], []
+        for segment in batch.segments:
+            # Without slots the batch's own K and V serve, where a sequence lies as it is packed.
+            slot = segment.start if batch.slots is None else segment.first_slot
+            first = rule.first_key(segment.past)
+            end = segment.past + segment.count
+            if min(segment.start, slot, segment.past, segment.count - 1) < 0:
+                raise ValueError(f"a span outside rows and slots: {segment}")
+            if segment.count == 1:
+                decodes.append((segment.start, slot + first, slot + end))
+            else:
+                prompts.append((segment.start, segment.count, slot, segment.past))
+        return cls(
+            decodes=torch.tensor(decodes, dtype=torch.int64).reshape(-1, 3),
+            prompts=torch.tensor(prompts, dtype=torch.int64).reshape(-1, 4),
+            longest=max(
+                *(end - first for _, first, end in decodes),
+                *(past + count for _, count, _, past in prompts),
+                *(0, 0),
+            ),
+            num_rows=batch.num_tokens,
+            num_slots=max(
+                *(end for _, _, end in decodes),
+                *(slot + past + count for _, count, slot, past in prompts),
+                *(0, 0),
+            ),
+        )
+
+
+class NativeAttention:
+    """Attention of a batch's new tokens, over the keys and values of one layer's pool."""
+
+    def __init__(self, decodes: ctypes.CDLL, prompts: ctypes.CDLL) -> None:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        self._function.argtypes = [
+        layer: list[Any] = [
             *(pointer, size, size, pointer, pointer, pointer),
             *(size, size, size, size, size, ctypes.c_float),
-            *(pointer, size, size, ctypes.c_int),
         ]
-        self._function.restype = ctypes.c_int
+        spans: list[Any] = [pointer, size, size, ctypes.c_int]
+        self._decodes = decodes.attend_decodes
+        self._decodes.argtypes = [*layer, *spans]
+        self._prompts = prompts.attend_prompts
+        self._prompts.argtypes = [*layer, size, size, *spans]
+        for function in (self._decodes, self._prompts):
+            function.restype = ctypes.c_int
 
     @staticmethod
     def takes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -48,46 +107,48 @@ class DecodeAttention:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        out: torch.Tensor,
-        spans: torch.Tensor,
+        spans: SpanTable,
+        rule: MaskRule,
         scale: float,
-    ) -> None:
-        """Write the spans' rows of `out`.
+    ) -> torch.Tensor:
+        """The attention's output [T, H, Dv]; rows of no span are left alone.
 
         :param query: [H, T, D] that `takes` accepts with `keys` [Hkv, S, D], `values` [Hkv, S, Dv]
-        :param out: [T, H, Dv] contiguous
-        :param spans: [n, 3] int64, each a row of T, its first slot and the slot after its last
         :raises ValueError: if a span lies outside the tensors
+        :raises MemoryError: if there is none for a sequence's scores
         """
         num_heads, num_rows, key_size = query.shape
         num_kv, num_slots, value_size = values.shape
-        shortest, longest = (int(n) for n in (spans[:, 2] - spans[:, 1]).aminmax())
-        lowest_row, lowest_slot, _ = spans.amin(0).tolist()
-        highest_row, _, last_slot = spans.amax(0).tolist()
-        lowest = min(lowest_row, lowest_slot, shortest - 1)
-        if lowest < 0 or highest_row >= num_rows or last_slot > num_slots:
+        if spans.num_rows > num_rows or spans.num_slots > num_slots:
             raise ValueError(f"spans outside {num_rows} rows and {num_slots} slots: {spans}")
-        if not out.is_contiguous() or out.shape != (num_rows, num_heads, value_size):
-            raise ValueError(f"out of shape {tuple(out.shape)} isn't contiguous [T, H, Dv]")
-        failed = self._function(
+        out = query.new_empty(num_rows, num_heads, value_size)
+        layer = (
             *(query.data_ptr(), query.stride(0), query.stride(1)),
             *(keys.data_ptr(), values.data_ptr(), out.data_ptr()),
             *(num_kv, num_heads // num_kv, num_slots, key_size, value_size, scale),
-            *(spans.data_ptr(), len(spans), longest, torch.get_num_threads()),
         )
+        threads, failed = torch.get_num_threads(), 0
+        if count := len(spans.decodes):
+            pointer = spans.decodes.data_ptr()
+            failed |= self._decodes(*layer, pointer, count, spans.longest, threads)
+        if count := len(spans.prompts):
+            pointer, mask = spans.prompts.data_ptr(), (rule.window, rule.chunk)
+            failed |= self._prompts(*layer, *mask, pointer, count, spans.longest, threads)
         if failed:
-            raise MemoryError(f"no memory for the scores of {longest} keys")
+            raise MemoryError(f"no memory for the scores of {spans.longest} keys")
+        return out
 
 
 class CompiledBackend:
-    """Single new tokens in one compiled call, all others sequence by sequence."""
+    """All sequences in one compiled call for prompts and one for single new tokens."""
 
-    name = "compiled decodes, SDPA per sequence"
+    name = "compiled attention"
     token_major = False
     capturable = False
 
-    def __init__(self, decode: DecodeAttention) -> None:
-        self._decode = decode
+    def __init__(self, attention: NativeAttention) -> None:
+        self._attention = attention
+        self._other = SdpaBackend()
 
     def attend(
         self,
@@ -97,20 +158,19 @@ class CompiledBackend:
         task: AttentionTask,
     ) -> torch.Tensor:
         """See `AttentionBackend`."""
-        num_heads, num_tokens, _ = query.shape
-        out = query.new_empty(num_tokens, num_heads, values.shape[2])
-        plan = plan_of(task, query)
-        spans = plan.spans
-        plain = len(plan.singles) > 0 and task.is_plain
-        if plain and DecodeAttention.takes(query, keys, values):
-            self._decode(query, keys, values, out, plan.singles, task.scale)
-            spans = plan.longer
-        attend_spans(spans, query, keys, values, task, out=out)
-        return out
+        if not task.is_plain or not NativeAttention.takes(query, keys, values):
+            return self._other.attend(query, keys, values, task)
+        key = (SpanTable, task.rule)
+        spans = cast(SpanTable | None, task.batch.plans.get(key))
+        if spans is None:
+            spans = task.batch.plans[key] = SpanTable.of(task.batch, task.rule)
+        return self._attention(query, keys, values, spans, task.rule, task.scale)
 
 
 @functools.cache
-def decode_attention() -> DecodeAttention | None:
-    """The compiled function; None where it can't be had."""
-    library = native_library("decode_attention")
-    return None if library is None else DecodeAttention(library)
+def native_attention() -> NativeAttention | None:
+    """The compiled functions; None where they can't be had."""
+    libraries = [native_library(name) for name in ("decode_attention", "prompt_attention")]
+    if None in libraries:
+        return None
+    return NativeAttention(*cast(list[ctypes.CDLL], libraries))

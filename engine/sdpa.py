@@ -6,7 +6,6 @@ contiguous range of the head-major pool. On CUDA it is correct but bound by its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +18,7 @@ from engine.masks import MaskRule
 from engine.transfer import moved
 from queue_api.errors import EngineError
 
-__all__ = ["Plan", "SdpaBackend", "Span", "attend_spans", "plan_of"]
+__all__ = ["SdpaBackend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +32,6 @@ class Span:
     is_causal: bool
     """The plain lower triangle, which SDPA knows without a mask."""
     mask: torch.Tensor | None  # [count, L], 0 or -inf
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a batch is attended to under one mask rule."""
-
-    spans: list[Span]
-    longer: list[Span]
-    """Those of more than one new token."""
-    singles: torch.Tensor
-    """Those of one, [n, 3] int64: the packed token, its first slot, the slot after its last."""
 
 
 class SdpaBackend:
@@ -63,22 +51,22 @@ class SdpaBackend:
         """See `AttentionBackend`."""
         num_heads, num_tokens, _ = query.shape
         out = query.new_empty(num_tokens, num_heads, values.shape[2])
-        spans = plan_of(task, query).spans
-        attend_spans(spans, query, keys, values, task, out=out)
+        for span in _spans_of(task, query):
+            k = keys[:, span.first_slot : span.end_slot]
+            v = values[:, span.first_slot : span.end_slot]
+            q = query[:, span.start : span.end]
+            result = (_sdpa if task.is_plain else _explicit)(q, k, v, task, span)
+            out[span.start : span.end] = result.transpose(0, 1)
         return out
 
 
-def plan_of(task: AttentionTask, query: torch.Tensor) -> Plan:
-    """The batch's plan under its rule: made once per batch, then shared by all layers."""
+def _spans_of(task: AttentionTask, query: torch.Tensor) -> list[Span]:
+    """The batch's spans under its rule: made once per batch, then shared by all layers."""
     key = (task.rule, query.device, query.dtype)
-    plan = cast(Plan | None, task.batch.plans.get(key))
-    if plan is None:
-        spans = _spans(task.batch, task.rule, query)
-        longer = [span for span in spans if span.end - span.start > 1]
-        singles = [(s.start, s.first_slot, s.end_slot) for s in spans if s.end - s.start == 1]
-        rows = torch.tensor(singles, dtype=torch.int64).reshape(-1, 3)
-        plan = task.batch.plans[key] = Plan(spans, longer, rows)
-    return plan
+    spans = cast(list[Span] | None, task.batch.plans.get(key))
+    if spans is None:
+        spans = task.batch.plans[key] = _spans(task.batch, task.rule, query)
+    return spans
 
 
 def _spans(batch: ForwardBatch, rule: MaskRule, query: torch.Tensor) -> list[Span]:
@@ -104,25 +92,6 @@ def _spans(batch: ForwardBatch, rule: MaskRule, query: torch.Tensor) -> list[Spa
             Span(start, start + count, base + first_key, base + past + count, causal, mask)
         )
     return spans
-
-
-def attend_spans(
-    spans: Iterable[Span],
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    task: AttentionTask,
-    *,
-    out: torch.Tensor,
-) -> None:
-    """Write the spans' rows of `out` [T, H, Dv]; the rest as for `AttentionBackend.attend`."""
-    plain = task.is_plain
-    for span in spans:
-        k = keys[:, span.first_slot : span.end_slot]
-        v = values[:, span.first_slot : span.end_slot]
-        q = query[:, span.start : span.end]
-        result = (_sdpa if plain else _explicit)(q, k, v, task, span)
-        out[span.start : span.end] = result.transpose(0, 1)
 
 
 def _sdpa(

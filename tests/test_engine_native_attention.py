@@ -1,64 +1,160 @@
-"""The compiled attention of single tokens, against PyTorch's own on the same numbers."""
+"""The compiled attention, against PyTorch's own on the same numbers."""
 
 from __future__ import annotations
+
+import platform
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.native_attention import DecodeAttention, decode_attention
+from engine.batch import ForwardBatch, Segment
+from engine.masks import MaskRule
+from engine.native_attention import NativeAttention, SpanTable, native_attention
+from engine.native_library import native_library
 
-SLOTS = 40
+# What older CPUs have, left out of what this one can.
+OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
+PLAIN = MaskRule()
 
 
-@pytest.fixture(scope="module")
-def attend() -> DecodeAttention:
-    compiled = decode_attention()
-    if compiled is None:
+@pytest.fixture(scope="module", params=OLDER)
+def attention(request: pytest.FixtureRequest, tmp_path_factory) -> NativeAttention:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setenv("CC", f"cc {request.param}")
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("older")))
+        names = ("decode_attention", "prompt_attention")
+        libraries = [native_library.__wrapped__(name) for name in names]
+    if None in libraries:
         pytest.skip("no C compiler here")
-    return compiled
+    return NativeAttention(*libraries)
 
 
-def _tensors(heads: int, kv_heads: int, key_size: int, value_size: int) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    query = torch.randn(6, heads, key_size).transpose(0, 1)  # strided, as models hand it over
-    keys, values = torch.randn(kv_heads, SLOTS, key_size), torch.randn(kv_heads, SLOTS, value_size)
-    return [query * 3, keys, values, torch.full((6, heads, value_size), torch.nan)]
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
+def batch_of(lengths: list[tuple[int, int]]) -> tuple[ForwardBatch, int]:
+    """Sequences of (past, new tokens), the first's slots behind the others'; and all slots."""
+    num_slots = end = sum(past + count + 2 for past, count in lengths)
+    segments: list[Segment] = []
+    start = 0
+    for number, (past, count) in enumerate(lengths):
+        end -= past + count + 2
+        segments.append(Segment(start, count, past, end, number))
+        start += count
+    numbers = torch.arange(start)
+    return ForwardBatch(segments, numbers, numbers, numbers, numbers[:0], [], []), num_slots
+
+
+def numbers_for(
+    batch: ForwardBatch, num_slots: int, heads: int, kv_heads: int, key_size: int, value_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch.num_tokens, heads, key_size, generator=generator)
+    keys = torch.randn(kv_heads, num_slots, key_size, generator=generator)
+    values = torch.randn(kv_heads, num_slots, value_size, generator=generator)
+    return query.transpose(0, 1) * 3, keys, values  # strided, as models hand it over
+
+
+def expected(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: ForwardBatch,
+    rule: MaskRule,
+    scale: float,
+) -> torch.Tensor:
+    """Token by token: [T, H, Dv]."""
+    group = len(query) // len(keys)
+    rows = []
+    for segment in batch.segments:
+        for i in range(segment.count):
+            position = segment.past + i
+            seen = slice(
+                segment.first_slot + rule.first_key(position), segment.first_slot + position + 1
+            )
+            rows.append(
+                F.scaled_dot_product_attention(
+                    query[:, segment.start + i, None].double(),
+                    keys[:, seen].repeat_interleave(group, 0).double(),
+                    values[:, seen].repeat_interleave(group, 0).double(),
+                    scale=scale,
+                )[:, 0]
+            )
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "rule", [PLAIN, MaskRule(window=1), MaskRule(window=20), MaskRule(chunk=16)], ids=repr
+)
 @pytest.mark.parametrize("shape", [(8, 4, 64, 64), (3, 3, 20, 20), (4, 1, 24, 7), (1, 1, 1, 1)])
-def test_equals_sdpa(attend: DecodeAttention, shape: tuple[int, int, int, int]):
-    query, keys, values, out = _tensors(*shape)
-    spans = torch.tensor([[5, 0, 1], [0, 3, 20], [2, 0, SLOTS]])
-    attend(query, keys, values, out, spans, 0.3)
-    group = shape[0] // shape[1]
-    for row, first, end in spans.tolist():
-        expected = F.scaled_dot_product_attention(
-            query[:, row : row + 1],
-            keys[:, first:end].repeat_interleave(group, 0),
-            values[:, first:end].repeat_interleave(group, 0),
-            scale=0.3,
-        )
-        torch.testing.assert_close(out[row], expected[:, 0], rtol=1e-5, atol=1e-6)
-    assert out[[1, 3, 4]].isnan().all()  # rows of no span are left alone
+def test_equals_pytorch_s(
+    attention: NativeAttention, shape: tuple[int, int, int, int], rule: MaskRule
+):
+    batch, num_slots = batch_of([(0, 70), (30, 1), (41, 40), (0, 1), (97, 2), (0, 13)])
+    query, keys, values = numbers_for(batch, num_slots, *shape)
+    found = attention(query, keys, values, SpanTable.of(batch, rule), rule, 0.3)
+    wanted = expected(query, keys, values, batch, rule, 0.3)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_far_apart_don_t_overflow(attend: DecodeAttention):
-    query, keys, values, out = _tensors(2, 1, 8, 8)
-    attend(query * 1e3, keys, values, out, torch.tensor([[0, 0, SLOTS]]), 1.0)
-    best = (keys[0] @ query[:, 0].T).argmax(0)
-    torch.testing.assert_close(out[0], values[0, best])
+@given(st.data())
+def test_any_mix_of_lengths_windows_and_chunks(data: st.DataObject):
+    attention = native_attention()
+    if attention is None:
+        pytest.skip("no C compiler here")
+    lengths = st.tuples(st.integers(0, 60), st.integers(1, 50))
+    batch, num_slots = batch_of(data.draw(st.lists(lengths, min_size=1, max_size=5)))
+    limit = data.draw(st.integers(1, 120))
+    rule = data.draw(st.sampled_from([PLAIN, MaskRule(window=limit), MaskRule(chunk=limit)]))
+    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    sizes = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    query, keys, values = numbers_for(batch, num_slots, kv_heads * group, kv_heads, *sizes)
+    found = attention(query, keys, values, SpanTable.of(batch, rule), rule, 0.1)
+    wanted = expected(query, keys, values, batch, rule, 0.1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("span", [[6, 0, 1], [-1, 0, 1], [0, -1, 1], [0, 0, SLOTS + 1], [0, 2, 2]])
-def test_a_span_outside_is_refused(attend: DecodeAttention, span: list[int]):
+@pytest.mark.parametrize("count", [1, 2])
+def test_scores_far_apart_don_t_overflow(attention: NativeAttention, count: int):
+    batch, num_slots = batch_of([(30, count)])
+    query, keys, values = numbers_for(batch, num_slots, 2, 1, 8, 8)
+    found = attention(query * 1e3, keys, values, SpanTable.of(batch, PLAIN), PLAIN, 1.0)
+    for i in range(count):
+        best = (keys[0, : 31 + i] @ query[:, i].T).argmax(0)
+        torch.testing.assert_close(found[i], values[0, best])
+
+
+@pytest.mark.parametrize("segment", [(-1, 1, 3, 0), (0, 2, 3, -1), (0, 0, 3, 0), (0, 1, -1, 0)])
+def test_a_span_before_the_tensors_is_refused(segment: tuple[int, int, int, int]):
+    batch, _ = batch_of([(3, 2)])
+    with pytest.raises(ValueError, match="a span outside"):
+        SpanTable.of(replace(batch, segments=[Segment(*segment, 0)]), PLAIN)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_span_beyond_the_tensors_is_refused(attention: NativeAttention, count: int):
+    batch, num_slots = batch_of([(3, count), (4, 1)])
+    query, keys, values = numbers_for(batch, num_slots, 2, 1, 8, 8)
+    spans = SpanTable.of(batch, PLAIN)
     with pytest.raises(ValueError, match="spans outside"):
-        attend(*_tensors(2, 1, 8, 8), torch.tensor([span]), 1.0)
+        attention(query[:, 1:], keys, values, spans, PLAIN, 1.0)
+    with pytest.raises(ValueError, match="spans outside"):
+        attention(query, keys[:, 3:].contiguous(), values[:, 3:].contiguous(), spans, PLAIN, 1.0)
 
 
 def test_other_dtypes_and_gaps_are_left_to_pytorch():
-    query, keys, values, _ = _tensors(2, 1, 8, 8)
-    assert DecodeAttention.takes(query, keys, values)
-    assert not DecodeAttention.takes(query.bfloat16(), keys.bfloat16(), values.bfloat16())
-    assert not DecodeAttention.takes(query[..., ::2], keys[..., :4], values)
-    assert not DecodeAttention.takes(query, keys[:, ::2], values[:, ::2])
+    query, keys, values = numbers_for(*batch_of([(39, 1)]), 2, 1, 8, 8)
+    assert NativeAttention.takes(query, keys, values)
+    assert not NativeAttention.takes(query.bfloat16(), keys.bfloat16(), values.bfloat16())
+    assert not NativeAttention.takes(query[..., ::2], keys[..., :4], values)
+    assert not NativeAttention.takes(query, keys[:, ::2], values[:, ::2])

@@ -204,15 +204,15 @@ def test_the_choice_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None
     def names(device: str, dtype: torch.dtype) -> list[str]:
         return [backend.name for backend in backends_for(torch.device(device), dtype)]
 
-    monkeypatch.setattr("engine.attention_choice.decode_attention", object)
+    monkeypatch.setattr("engine.attention_choice.native_attention", object)
     monkeypatch.setattr("engine.attention_choice.find_kernel", lambda: reference_varlen_attn)
     sdpa = "SDPA per sequence"
-    assert names("cpu", torch.float32) == ["compiled decodes, SDPA per sequence", sdpa]
+    assert names("cpu", torch.float32) == ["compiled attention", sdpa]
     assert names("cpu", torch.bfloat16) == [sdpa]
     assert names("cuda", torch.bfloat16) == names("cuda:1", torch.float16) == ["varlen_attn", sdpa]
     assert names("cuda", torch.float32) == [sdpa]
     monkeypatch.setattr("engine.attention_choice.find_kernel", lambda: None)
-    monkeypatch.setattr("engine.attention_choice.decode_attention", lambda: None)
+    monkeypatch.setattr("engine.attention_choice.native_attention", lambda: None)
     assert names("cuda", torch.bfloat16) == names("cpu", torch.float32) == [sdpa]
 
 
