@@ -51,26 +51,32 @@ INLINE void attend_head(const float *q, int64_t q_head, const float *k, const fl
             __builtin_prefetch(v + j * value_size + i, 0, 2);
     }
     for (int64_t g = 0; g < group; g++) {
-        float *weights = scores + g * length, *sum = out + g * value_size;
+        float *weights = scores + g * length;
         float inverse = 1.0f / weigh(weights, length);
-        memset(sum, 0, value_size * sizeof(float));
         for (int64_t j = 0; j < length; j++)
             weights[j] *= inverse;
-        int64_t j = 0;
-        for (; j + 4 <= length; j += 4) {
-            const float *w = weights + j, *a = v + j * value_size;
-            const float *b = a + value_size, *c = b + value_size, *d = c + value_size;
+    }
+    memset(out, 0, group * value_size * sizeof(float));
+    int64_t j = 0;
+    for (; j + 4 <= length; j += 4) {
+        const float *a = v + j * value_size;
+        const float *b = a + value_size, *c = b + value_size, *d = c + value_size;
+        for (int64_t g = 0; g < group; g++) {
+            const float *w = scores + g * length + j;
+            float *restrict sum = out + g * value_size;
 #pragma omp simd
             for (int64_t i = 0; i < value_size; i++)
                 sum[i] += w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i];
         }
-        for (; j < length; j++) {
+    }
+    for (; j < length; j++)
+        for (int64_t g = 0; g < group; g++) {
+            float weight = scores[g * length + j], *restrict sum = out + g * value_size;
             const float *a = v + j * value_size;
 #pragma omp simd
             for (int64_t i = 0; i < value_size; i++)
-                sum[i] += weights[j] * a[i];
+                sum[i] += weight * a[i];
         }
-    }
 }
 
 /* q: [H, T, D] with strides q_head and q_token. k, v: [Hkv, S, D] and [Hkv, S, Dv], contiguous.

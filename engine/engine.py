@@ -25,7 +25,7 @@ from engine.costs import CostModel, plan_model
 from engine.kv_cache import SlotAllocator
 from engine.logits import LogitsChange
 from engine.logprobs import described, logprobs_of, note_prompt_logprobs
-from engine.memory import fitting_slots
+from engine.memory import fitting_slots, keep_freed_memory
 from engine.metrics import EngineMetrics
 from engine.out_of_memory import BatchBudget, BatchOutOfMemoryError
 from engine.partition import PartitionPlan, plan_partition
@@ -128,6 +128,8 @@ class Engine:
         tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
         stages = _load_stages(checkpoint, model_config, plan, dtype, config)
         engine = cls(config, checkpoint, tokenizer, stages, max_model_len=limit)
+        if any(stage.device.type == "cpu" for stage in stages):
+            keep_freed_memory()  # not before: what loading took is given back
         logger.info(
             "%s (%s) ready in %.1f s: layers %s; %s; %s; %s pipeline, %d cache slots",
             checkpoint.name,
