@@ -180,8 +180,21 @@ class CostModel:
 
     def layer_s(self, device: str, step: Step, layer: int) -> float:
         speed = self.speeds[device].at(step)
-        product_s = self._product_s(device, step, self.sizes.layers[layer], step.num_tokens)
+        part, due = self.sizes.layers[layer], step.num_seqs
+        if layer == len(self.sizes.layers) - 1 and due < step.num_tokens:
+            # The model's last layer: of the tokens that aren't due keys and values alone.
+            product_s = self._product_s(device, step, self._before_attention(part), step.num_tokens)
+            product_s += self._product_s(device, step, part, due)
+            return product_s + self._layer_ops / 2 * speed.op_s
+        product_s = self._product_s(device, step, part, step.num_tokens)
         return product_s + self._layer_ops * speed.op_s + speed.attention_s
+
+    def _before_attention(self, part: Part) -> Part:
+        """The products that make queries, keys and values, of a layer's."""
+        sizes = self.sizes
+        width = sizes.num_heads * sizes.key_size + sizes.slot_elements
+        params = min(sizes.hidden_size * width, part.num_matrix_params)
+        return Part(params, params, min(params, part.num_active_params))
 
     @property
     def _layer_ops(self) -> float:
