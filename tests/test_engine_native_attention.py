@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
 
 import pytest
@@ -10,28 +9,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from native_kit import OLDER, compiled
 
 from engine.batch import ForwardBatch, Segment
 from engine.masks import MaskRule
 from engine.native_attention import NativeAttention, SpanTable, native_attention
-from engine.native_library import native_library
 
-# What older CPUs have, left out of what this one can.
-OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
 PLAIN = MaskRule()
 
 
 @pytest.fixture(scope="module", params=OLDER)
 def attention(request: pytest.FixtureRequest, tmp_path_factory) -> NativeAttention:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param:
-            patch.setenv("CC", f"cc {request.param}")
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("older")))
-        names = ("decode_attention", "prompt_attention")
-        libraries = [native_library.__wrapped__(name) for name in names]
-    if None in libraries:
-        pytest.skip("no C compiler here")
-    return NativeAttention(*libraries)
+    cache = tmp_path_factory.mktemp("c")
+    names = ("decode_attention", "prompt_attention")
+    return NativeAttention(*(compiled(name, request.param, cache) for name in names))
 
 
 @pytest.fixture(params=[1, 3], autouse=True)

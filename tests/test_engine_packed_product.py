@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from native_kit import OLDER, compiled
 
-from engine.native_library import native_library
 from engine.packed_product import PackedProduct, packed_product
-
-# What older CPUs have, left out of what this one can.
-OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
 
 
 @pytest.fixture(scope="module", params=OLDER)
 def product(request: pytest.FixtureRequest, tmp_path_factory) -> PackedProduct:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param:
-            patch.setenv("CC", f"cc {request.param}")
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("older")))
-        library = native_library.__wrapped__("packed_product")
-    if library is None:
-        pytest.skip("no C compiler here")
-    return PackedProduct(library)
+    return PackedProduct(compiled("packed_product", request.param, tmp_path_factory.mktemp("c")))
 
 
 @pytest.fixture(params=[1, 2, 5])
