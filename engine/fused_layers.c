@@ -46,7 +46,8 @@ void silu_gate(float *gate, const float *up, int64_t size, int num_threads)
 }
 
 /* Rotary positions, the halves of a head being the pairs' parts.
- * x, out: [H, T, D] with strides head and token; cosine, sine: [T, D], contiguous. */
+ * x: [H, T, D] with strides head and token; out: [T, H, D], contiguous; cosine, sine: [T, D],
+ * contiguous. */
 void rotate(const float *x, float *out, int64_t head, int64_t token, const float *cosine,
             const float *sine, int64_t num_heads, int64_t num_tokens, int64_t size,
             int num_threads)
@@ -57,7 +58,7 @@ void rotate(const float *x, float *out, int64_t head, int64_t token, const float
         const float *c = cosine + t * size, *s = sine + t * size;
         for (int64_t h = 0; h < num_heads; h++) {
             const float *from = x + h * head + t * token;
-            float *restrict to = out + h * head + t * token;
+            float *restrict to = out + (t * num_heads + h) * size;
 #pragma omp simd
             for (int64_t i = 0; i < half; i++) {
                 to[i] = from[i] * c[i] - from[half + i] * s[i];

@@ -70,8 +70,9 @@ class FusedLayers:
 
     def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """Rotary positions for `x` [1, H, T, D] that `can_rotate` accepts with [1, T, D]."""
-        out = torch.empty_like(x)  # of the same strides
         _, num_heads, num_tokens, size = x.shape
+        # Not like `x`, which may be a part of each head: that has gaps, and its like has none.
+        out = x.new_empty(1, num_tokens, num_heads, size).transpose(1, 2)
         self._rotate(
             *(x.data_ptr(), out.data_ptr(), x.stride(1), x.stride(2)),
             *(cosine.data_ptr(), sine.data_ptr(), num_heads, num_tokens, size),

@@ -72,6 +72,20 @@ def test_rotations_are_transformers(fused: FusedLayers, size: int):
     assert rotated.stride() == q.stride()
 
 
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_a_part_of_each_head_is_rotated_within_its_own_memory(
+    fused: FusedLayers, heads_first: bool
+):
+    q = torch.randn(1, 3, 50, 32) if heads_first else torch.randn(1, 50, 3, 32).transpose(1, 2)
+    part = q[..., :8]
+    cosine, sine = torch.randn(1, 50, 8), torch.randn(1, 50, 8)
+    expected, _ = apply_rotary_pos_emb(part, part, cosine, sine)
+    rotated = fused.rotate(part, cosine, sine)
+    torch.testing.assert_close(rotated, expected)
+    last = (3 - 1) * rotated.stride(1) + (50 - 1) * rotated.stride(2) + 8
+    assert last * 4 <= rotated.untyped_storage().nbytes()
+
+
 def test_slots_are_written_and_no_others(fused: FusedLayers):
     pool = torch.zeros(2, 9, 5)
     rows, slots = torch.randn(3, 2, 5).transpose(0, 1), torch.tensor([4, 0, 8])
