@@ -8,6 +8,7 @@ written their keys and values, which ends that call, then for the tokens that ar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,9 +28,14 @@ class LastLayer:
         self._own = layer.forward
         self.trims = False
         """Whether output that isn't due is left out; set by the stage, which tries it first."""
-        layer.forward = self.forward
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(self._own)  # who looks at the layer's parameters finds its own
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        layer.forward = forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer gives for the tokens that are due, and zeros for all others.
 
         :raises UnsupportedModelError: if the layer's output comes before its attention

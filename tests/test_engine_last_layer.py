@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_logits_of_a_prompt_are_computed_where_they_are_wanted():
     wanted = requests([prompt], max_tokens=1, prompt_logprobs=0)
     counts = _rows_of_layers(engine, lambda: engine.generate(wanted))
     assert counts[-1] == len(prompt)
+
+
+def test_the_layer_s_parameters_are_its_own():
+    (stage,) = tiny_model("llama").engine().stages
+    last, first = stage.model.model.layers[-1], stage.model.model.layers[0]
+    assert inspect.signature(last.forward) == inspect.signature(first.forward)
 
 
 def test_without_a_cache_all_is_computed():
