@@ -118,6 +118,9 @@ def attend_packed(  # noqa: PLR0917 - transformers calls it so
         raise UnsupportedModelError(f"a mask made of {attention_mask.unknown}")
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError("attention with a position bias")
+    if not query.shape[2] == key.shape[2] == value.shape[2] == call.batch.num_tokens:
+        # As of a last layer that takes an earlier one's keys: those are of all tokens.
+        raise UnsupportedModelError("keys of other tokens than the queries'")
     layer = cast(int, module.layer_idx) - call.first_layer
     call.num_calls += 1
     if call.pool is not None:

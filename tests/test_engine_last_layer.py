@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engine_models import requests, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from engine.attention import AttentionCall, attend_packed, attending
+from engine.batch import ForwardBatch, Segment
+from engine.kv_cache import KVPool, KVShape
+from engine.masks import MaskRule
+from engine.sdpa import SdpaBackend
+from queue_api.errors import UnsupportedModelError
 
 PROMPTS = [list(range(5, 45)), [9, 8, 7], list(range(60, 90)), [4]]
 
@@ -94,3 +102,23 @@ def test_a_layer_that_needs_all_tokens_gets_them(
     assert engine.stages[0].mode == "packed"
     done = engine.generate(requests(PROMPTS, max_tokens=6))
     assert [completion.token_ids for completion in done] == expected
+
+
+def test_keys_of_other_tokens_than_the_batch_s_are_refused():
+    """As a last layer has them that takes an earlier layer's: its slots are too few for them."""
+    whole = ForwardBatch(
+        segments=[Segment(0, 6, 0, 0, 0)],
+        token_ids=torch.arange(6),
+        positions=torch.arange(6),
+        slots=torch.arange(6),
+        logit_rows=torch.tensor([5]),
+        sequences=[],
+        due=[],
+    )
+    cpu = torch.device("cpu")
+    pool = KVPool([KVShape(2, 8, 8)], 6, device=cpu, dtype=torch.float32)
+    call = AttentionCall(whole, pool, 0, SdpaBackend()).of_tokens(torch.tensor([5]))
+    query, keys = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 6, 8)
+    layer = SimpleNamespace(layer_idx=0)
+    with attending(call), pytest.raises(UnsupportedModelError, match="keys of other tokens"):
+        attend_packed(layer, query, keys, keys, MaskRule())
