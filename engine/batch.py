@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -77,19 +78,19 @@ class ForwardBatch:
         return self._on_device[device]
 
     def of_tokens(self, tokens: torch.Tensor) -> ForwardBatch:
-        """Some of the packed tokens, [n] int64, ascending: each a segment of its own.
+        """Some of the packed tokens, [n] int64, ascending: those in a row stay one segment.
 
         They see what they saw in the whole batch, so of a batch with slots alone.
         """
         assert self.slots is not None
+        starts = [segment.start for segment in self.segments]
+        begins, chosen = set(starts), tokens.tolist()
+        firsts = [i for i, t in enumerate(chosen) if not i or t != chosen[i - 1] + 1 or t in begins]
         segments: list[Segment] = []
-        whole = iter(self.segments)
-        segment = next(whole)
-        for start, token in enumerate(tokens.tolist()):
-            while token >= segment.start + segment.count:
-                segment = next(whole)
-            past = segment.past + token - segment.start
-            segments.append(Segment(start, 1, past, segment.first_slot, segment.number))
+        for first, end in zip(firsts, [*firsts[1:], len(chosen)], strict=True):
+            whole = self.segments[bisect.bisect_right(starts, chosen[first]) - 1]
+            past = whole.past + chosen[first] - whole.start
+            segments.append(Segment(first, end - first, past, whole.first_slot, whole.number))
         return ForwardBatch(
             segments=segments,
             token_ids=self.token_ids[tokens],
