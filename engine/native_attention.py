@@ -44,6 +44,7 @@ class SpanTable:
         :raises ValueError: if one begins before the first row or slot, or has no key
         """
         decodes, prompts = [], []
+        longest = num_rows = num_slots = 0
         for segment in batch.segments:
             # Without slots the batch's own K and V serve, where a sequence lies as it is packed.
             slot = segment.start if batch.slots is None else segment.first_slot
@@ -55,20 +56,15 @@ class SpanTable:
                 decodes.append((segment.start, slot + first, slot + end))
             else:
                 prompts.append((segment.start, segment.count, slot, segment.past))
+            longest = max(longest, end - first)
+            num_rows = max(num_rows, segment.start + segment.count)
+            num_slots = max(num_slots, slot + end)
         return cls(
             decodes=torch.tensor(decodes, dtype=torch.int64).reshape(-1, 3),
             prompts=torch.tensor(prompts, dtype=torch.int64).reshape(-1, 4),
-            longest=max(
-                *(end - first for _, first, end in decodes),
-                *(past + count for _, count, _, past in prompts),
-                *(0, 0),
-            ),
-            num_rows=batch.num_tokens,
-            num_slots=max(
-                *(end for _, _, end in decodes),
-                *(slot + past + count for _, count, slot, past in prompts),
-                *(0, 0),
-            ),
+            longest=longest,
+            num_rows=num_rows,
+            num_slots=num_slots,
         )
 
 
