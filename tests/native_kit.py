@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.native_library import native_library
 
 OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
 """Compiler flags that leave out what newer CPUs have; the first leaves out nothing."""
+
+
+def on_threads(count: int) -> Iterator[None]:
+    """For a fixture: torch, and so the C code, has `count` threads while it is in use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
 
 
 def compiled(name: str, flag: str, cache: Path) -> ctypes.CDLL:

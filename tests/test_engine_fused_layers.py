@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from native_kit import on_threads
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -34,10 +35,7 @@ def fused() -> FusedLayers:
 
 @pytest.fixture(params=[1, 2], autouse=True)
 def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    yield from on_threads(request.param)
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 64), (2, 3, 5, 10), (1, 1)])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kit import OLDER, compiled
+from native_kit import OLDER, compiled, on_threads
 
 from engine.batch import ForwardBatch, Segment
 from engine.masks import MaskRule
@@ -27,10 +27,7 @@ def attention(request: pytest.FixtureRequest, tmp_path_factory) -> NativeAttenti
 
 @pytest.fixture(params=[1, 3], autouse=True)
 def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    yield from on_threads(request.param)
 
 
 def batch_of(lengths: list[tuple[int, int]]) -> tuple[ForwardBatch, int]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kit import OLDER, compiled
+from native_kit import OLDER, compiled, on_threads
 
 from engine.packed_product import PackedProduct, packed_product
 
@@ -19,10 +19,7 @@ def product(request: pytest.FixtureRequest, tmp_path_factory) -> PackedProduct:
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    yield from on_threads(request.param)
 
 
 @pytest.mark.parametrize("bias", [True, False])
