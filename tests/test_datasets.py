@@ -212,7 +212,8 @@ def test_jobs_that_vanish_are_sent_again(
                 if job.id not in self.lost:
                     self.lost.add(job.id)
                     job.delete()
-            return super().answer()
+            # A job that comes after the look above is not to be answered before any was lost.
+            return super().answer() if self.lost else 0
 
     output = source.with_name("out.jsonl")
     run(settings, source, output, chunk_size=100, answerer=Losing(connection))
