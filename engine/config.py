@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 from queue_api.errors import ConfigurationError
 
-__all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode"]
+__all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode", "Quantization"]
 
 PartitionStrategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
 PipelineMode = Literal["auto", "inline", "threads"]
+Quantization = Literal["int8"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -28,6 +29,9 @@ class EngineConfig:
     """Branch, tag or commit of a Hub id."""
     dtype: str = "auto"
     """Of weights, activations and cache. `auto` is the checkpoint's, but float32 on a CPU."""
+    quantization: Quantization | None = None
+    """`int8` rounds the weights of the layers' `nn.Linear`, on a CPU in float32 only; the text is
+    then the rounded model's."""
     devices: tuple[str, ...] = ("cpu",)
     """One entry per stage, in order; the same device may stand several times."""
     partition: PartitionStrategy = "uniform"
@@ -66,6 +70,7 @@ class EngineConfig:
             if (value := getattr(self, name)) not in get_args(allowed):
                 known = ", ".join(get_args(allowed))
                 raise ConfigurationError(f"{name} {value!r} is none of {known}")
+        self._check_quantization()
         if (self.partition == "custom") != (self.layer_bounds is not None):
             raise ConfigurationError("layer_bounds and partition='custom' belong together")
         for name in ("max_num_seqs", "max_batch_tokens"):
@@ -78,4 +83,22 @@ class EngineConfig:
             raise ConfigurationError(
                 f"max_batch_tokens ({self.max_batch_tokens}) is below max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence needs a token's room in a step"
+            )
+
+    @property
+    def int8(self) -> bool:
+        """True if the layers' weights are rounded to int8."""
+        return self.quantization == "int8"
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization not in get_args(Quantization):
+            known = ", ".join(get_args(Quantization))
+            raise ConfigurationError(f"quantization {self.quantization!r} is none of {known}")
+        others = [name for name in self.devices if name.split(":")[0] != "cpu"]
+        if others or self.dtype not in {"auto", "float32"}:
+            where = f"{self.dtype} on {','.join(self.devices)}"
+            raise ConfigurationError(
+                f"quantization {self.quantization!r} is for float32 on a CPU, not for {where}"
             )

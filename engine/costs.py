@@ -129,14 +129,18 @@ class CostModel:
     """Bytes of an element of weights, activations and cache."""
     speeds: Mapping[str, DeviceSpeed]
     """By device."""
+    int8: bool = False
+    """The layers' weights are rounded to int8."""
 
     @classmethod
-    def nominal(cls, sizes: ModelSizes, itemsize: int, devices: Sequence[str]) -> CostModel:
+    def nominal(
+        cls, sizes: ModelSizes, itemsize: int, devices: Sequence[str], *, int8: bool = False
+    ) -> CostModel:
         """With each device's speed by rule of thumb."""
         speeds = {
             name: NOMINAL_SPEEDS[kind_of(name)].speed(sizes, itemsize) for name in set(devices)
         }
-        return cls(sizes, itemsize, speeds)
+        return cls(sizes, itemsize, speeds, int8)
 
     @property
     def slot_bytes(self) -> int:
@@ -146,7 +150,17 @@ class CostModel:
     def weight_bytes(self, stage: StageSpec) -> int:
         """Weights that a stage holds."""
         copied = self._copied(stage.device) if stage.is_last else 0
-        return (self.sizes.stage_params(stage) + copied) * self.itemsize
+        total = (self.sizes.stage_params(stage) + copied) * self.itemsize
+        return total - (self.itemsize - 1) * self._num_rounded(*self._layers(stage))
+
+    def _layers(self, stage: StageSpec) -> Sequence[Part]:
+        return self.sizes.layers[stage.first_layer : stage.end_layer]
+
+    def _num_rounded(self, *layers: Part) -> int:
+        """Parameters that take a byte; experts aren't rounded."""
+        if not self.int8:
+            return 0
+        return sum(part.num_matrix_params - part.num_expert_params for part in layers)
 
     def _copied(self, device: str) -> int:
         """Parameters of a tied embedding that are laid out a second time to be the head."""
@@ -165,11 +179,13 @@ class CostModel:
     def peak_bytes(self, stage: StageSpec, steps: Sequence[Step]) -> int:
         """A stage's memory at its peak: while it is loaded, or in the largest of the steps."""
         weights = self.weight_bytes(stage)
-        layers = self.sizes.layers[stage.first_layer : stage.end_layer]
-        matrices = sum(part.num_matrix_params for part in layers)
+        layers = self._layers(stage)
+        num_rounded = self._num_rounded(*layers)
+        matrices = sum(part.num_matrix_params for part in layers) - num_rounded
         matrices += stage.is_last * self.sizes.last.num_matrix_params
-        # Each matrix is there twice until all are laid out anew.
-        load = weights + self.packs(stage.device) * matrices * self.itemsize
+        # Each matrix is there twice until all are laid out anew, a rounded one a third time.
+        load = weights + self.packs(stage.device) * (matrices * self.itemsize + num_rounded)
+        load += num_rounded * self.itemsize
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
         work = max(
             self.working_bytes(step.num_tokens)
@@ -183,10 +199,12 @@ class CostModel:
         part, due = self.sizes.layers[layer], step.num_seqs
         if layer == len(self.sizes.layers) - 1 and due < step.num_tokens:
             # The model's last layer: of the tokens that aren't due keys and values alone.
-            product_s = self._product_s(device, step, self._before_attention(part), step.num_tokens)
-            product_s += self._product_s(device, step, part, due)
+            product_s = self._layer_product_s(
+                device, step, self._before_attention(part), step.num_tokens
+            )
+            product_s += self._layer_product_s(device, step, part, due)
             return product_s + self._layer_ops / 2 * speed.op_s
-        product_s = self._product_s(device, step, part, step.num_tokens)
+        product_s = self._layer_product_s(device, step, part, step.num_tokens)
         return product_s + self._layer_ops * speed.op_s + speed.attention_s
 
     def _before_attention(self, part: Part) -> Part:
@@ -211,7 +229,10 @@ class CostModel:
 
     def last_s(self, device: str, step: Step) -> float:
         """The head, for the last token of each sequence."""
-        return self._product_s(device, step, self.sizes.last, step.num_seqs)
+        part = self.sizes.last
+        return self._product_s(
+            device, step, part, step.num_seqs, part.num_matrix_params * self.itemsize
+        )
 
     def stage_s(self, stage: StageSpec, step: Step) -> float:
         """Seconds of a stage in a step."""
@@ -251,11 +272,18 @@ class CostModel:
             free_bytes=free_bytes,
         )
 
-    def _product_s(self, device: str, step: Step, part: Part, num_rows: int) -> float:
+    def _layer_product_s(self, device: str, step: Step, part: Part, num_rows: int) -> float:
+        num_bytes = part.num_matrix_params * self.itemsize
+        num_bytes -= (self.itemsize - 1) * self._num_rounded(part)
+        return self._product_s(device, step, part, num_rows, num_bytes)
+
+    def _product_s(
+        self, device: str, step: Step, part: Part, num_rows: int, num_bytes: int
+    ) -> float:
         """Matrix products of `num_rows` rows: bound by arithmetic, or by reading the weights."""
         speed = self.speeds[device]
-        read_s = part.num_matrix_params * self.itemsize / speed.bytes_per_s
-        return max(2 * num_rows * part.num_active_params / speed.at(step).flops_per_s, read_s)
+        flops = 2 * num_rows * part.num_active_params
+        return max(flops / speed.at(step).flops_per_s, num_bytes / speed.bytes_per_s)
 
 
 def plan_model(

@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.model_name = checkpoint.name
-        self.model_revision = checkpoint.revision
+        self.model_revision = _revision(checkpoint, config)
         self.tokenizer = tokenizer
         self.stages = stages
         slots = _num_slots(config, stages, max_model_len)
@@ -133,7 +133,7 @@ class Engine:
         logger.info(
             "%s (%s) ready in %.1f s: layers %s; %s; %s; %s pipeline, %d cache slots",
             checkpoint.name,
-            checkpoint.revision,
+            engine.model_revision,
             time.perf_counter() - started,
             plan,
             dtype,
@@ -516,7 +516,7 @@ def _plan(
         num_layers = model_config.get_text_config().num_hidden_layers
         return plan_partition(num_layers, config.devices, config.partition, config.layer_bounds)
     sizes = ModelSizes.read(checkpoint, model_config)
-    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, int8=config.int8)
     return plan_model(config, costs, max_model_len)
 
 
@@ -534,10 +534,18 @@ def _load_stages(
             spec,
             dtype,
             use_cache=config.use_cache,
+            int8=config.int8,
             trust_remote_code=config.trust_remote_code,
         )
         for spec in plan.stages
     ]
+
+
+def _revision(checkpoint: Checkpoint, config: EngineConfig) -> str | None:
+    """Which weights: what was begun with some isn't to go on with others."""
+    if config.quantization is None:
+        return checkpoint.revision
+    return f"{checkpoint.revision}+{config.quantization}"
 
 
 def _make_pipeline(config: EngineConfig, stages: Sequence[Stage]) -> Pipeline:

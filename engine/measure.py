@@ -28,6 +28,7 @@ from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch, Segment
 from engine.checkpoint import Checkpoint
 from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpeed
+from engine.int8_weights import round_weights
 from engine.kv_cache import KVPool, KVShape
 from engine.masks import MaskRule
 from engine.packed_linear import can_pack, pack_linears
@@ -59,10 +60,12 @@ class MeasuredStage:
 
 
 @torch.inference_mode()
-def device_speed(device_name: str, dtype: torch.dtype, sizes: ModelSizes) -> DeviceSpeed:
+def device_speed(
+    device_name: str, dtype: torch.dtype, sizes: ModelSizes, *, int8: bool = False
+) -> DeviceSpeed:
     """Time a device at products, elementwise operations and attention of the model's shapes."""
     device = torch.device(device_name)
-    matrices = _matrices(device, dtype, sizes)
+    matrices = _matrices(device, dtype, sizes, int8=int8)
 
     def products_s(num_rows: int) -> float:
         rows = torch.randn(num_rows, sizes.hidden_size, device=device, dtype=dtype)
@@ -77,19 +80,22 @@ def device_speed(device_name: str, dtype: torch.dtype, sizes: ModelSizes) -> Dev
             _attention_s(device, dtype, sizes, step),
         )
 
-    read = len(matrices) * sizes.hidden_size * sizes.intermediate_size * dtype.itemsize
+    read = len(matrices) * sizes.hidden_size * sizes.intermediate_size
+    read *= 1 if int8 else dtype.itemsize
     return DeviceSpeed(read / products_s(1), at(DECODE), at(PREFILL))
 
 
-def _matrices(device: torch.device, dtype: torch.dtype, sizes: ModelSizes) -> Sequence[nn.Module]:
+def _matrices(
+    device: torch.device, dtype: torch.dtype, sizes: ModelSizes, *, int8: bool
+) -> Sequence[nn.Module]:
     """Linear layers of the model's width, as a stage has them."""
     shape = sizes.hidden_size, sizes.intermediate_size
-    one = shape[0] * shape[1] * dtype.itemsize
+    one = shape[0] * shape[1] * (1 if int8 else dtype.itemsize)
     count = min(len(sizes.layers) * 4, max(2, _BEYOND_CACHES_BYTES // one))
     kwargs: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
     matrices = nn.Sequential(*(nn.Linear(*shape, **kwargs) for _ in range(count)))
     if can_pack(device, dtype):
-        pack_linears(matrices)
+        pack_linears(matrices, round_weights(matrices) if int8 else None)
     return list(matrices)
 
 
@@ -146,7 +152,12 @@ def speed_of_layers(
     vocab_size = costs.sizes.vocab_size
     try:
         stage = Stage.load(
-            checkpoint, model_config, spec, dtype, trust_remote_code=trust_remote_code
+            checkpoint,
+            model_config,
+            spec,
+            dtype,
+            int8=costs.int8,
+            trust_remote_code=trust_remote_code,
         )
     except UnsupportedModelError:  # it may run uncut all the same
         return costs.speeds[device]
@@ -196,6 +207,7 @@ def measure_stages(
     plan: PartitionPlan,
     dtype: torch.dtype,
     *,
+    int8: bool = False,
     trust_remote_code: bool = False,
 ) -> list[MeasuredStage]:
     """Load a plan's stages and run a decode step and a prefill step through each, one by one.
@@ -213,7 +225,12 @@ def measure_stages(
     for spec in plan.stages:
         with _peak_memory(torch.device(spec.device)) as peak:
             stage = Stage.load(
-                checkpoint, model_config, spec, dtype, trust_remote_code=trust_remote_code
+                checkpoint,
+                model_config,
+                spec,
+                dtype,
+                int8=int8,
+                trust_remote_code=trust_remote_code,
             )
             seconds, passed = _run(stage, spec, batches, passed, vocab_size)
         measured.append(MeasuredStage(seconds[0], seconds[1], peak()))

@@ -11,11 +11,13 @@ have no public name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 import torch
 from torch import nn
 
+from engine.int8_weights import Int8Weight
 from engine.packed_product import packed_product
 
 __all__ = ["PackedLinear", "can_pack", "pack_linears"]
@@ -25,89 +27,64 @@ __all__ = ["PackedLinear", "can_pack", "pack_linears"]
 MKL_ROWS = 128
 
 
+class Product(Protocol):
+    """A weight, laid out one way or another, and the product with it."""
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x` [..., inputs] to [..., outputs]."""
+
+
 class PackedLinear(nn.Module):
     """Computes what the `nn.Linear` it is made from does, on a CPU in float32."""
 
-    def __init__(self, linear: nn.Linear, layout: Layout) -> None:
+    def __init__(self, linear: nn.Linear, product: Product) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        weight = linear.weight.detach()
-        self._layout = layout
-        self._packed = layout.pack(weight)
+        self._product = product
         self.bias = linear.bias
         # Shape, dtype and device for who asks. Who reads the values gets no number, which the
         # check at load finds; the plain matrix would take its memory a second time.
-        stand_in = torch.full((1, 1), math.nan).expand(weight.shape)
+        stand_in = torch.full((1, 1), math.nan).expand(linear.weight.shape)
         self.weight = nn.Parameter(stand_in, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., in_features] to [..., out_features]."""
-        return self._layout.linear(x, self._packed, self.weight, self.bias)
-
-
-class Layout(Protocol):
-    """A way to lay weights out."""
-
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` [outputs, inputs], laid out."""
-
-    def linear(
-        self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`x` [..., inputs] to [..., outputs]; `weight` has the plain one's shape alone."""
+        return self._product(x, self.bias)
 
 
 class _Panels:
-    def __init__(self) -> None:
-        product = packed_product()
-        assert product is not None
-        self.pack = product.pack
-        self._product = product
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+        multiply = packed_product()
+        assert multiply is not None
+        self._multiply = multiply
+        self._packed = multiply.pack(weight)
+        self._outputs = weight.shape[0]
+        self._scales = scales
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return self._product(x, packed, bias, weight.shape[0])
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._multiply(x, self._packed, bias, self._outputs, self._scales)
 
 
 class _Mkl:
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS))
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
+        self._shape_alone = torch.zeros(1, 1).expand(weight.shape)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        plain = self._shape_alone
         # Told another number of rows than there are, it would take the plain weight.
-        rows = x.numel() // weight.shape[1]
-        return cast(torch.Tensor, torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows))
+        rows = x.numel() // plain.shape[1]
+        return cast(torch.Tensor, torch.ops.mkl._mkl_linear(x, self._packed, plain, bias, rows))
 
 
 class _OneDnn:
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, torch.ops.mkldnn._reorder_linear_weight(weight))
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def linear(
-        self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        weight: torch.Tensor,  # noqa: ARG002 - a layout is asked so
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
-        return cast(torch.Tensor, linear(x, packed, bias, "none", [], ""))
+        return cast(torch.Tensor, linear(x, self._packed, bias, "none", [], ""))
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -115,22 +92,31 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and _layout() is not None
 
 
-def _layout() -> Layout | None:
-    """The fastest there is here."""
+def _layout() -> Callable[[torch.Tensor], Product] | None:
+    """Of `weight` [outputs, inputs], the fastest there is here."""
     if packed_product() is not None:
-        return _Panels()
+        return _Panels
     if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear"):
-        return _Mkl()
+        return _Mkl
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return _OneDnn()
+        return _OneDnn
     return None
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replace each `nn.Linear` in `model`; subclasses of it may do more and stay as they are."""
+def pack_linears(model: nn.Module, rounded: Mapping[nn.Linear, Int8Weight] | None = None) -> None:
+    """Replace each `nn.Linear` in `model`; subclasses of it may do more and stay as they are.
+
+    :param rounded: those whose weights are rounded; laid out as they are where there is a product
+        with such weights, else as the numbers that they stand for
+    """
     layout = _layout()
     assert layout is not None, "ask can_pack before"
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child.weight.numel():
-                setattr(module, name, PackedLinear(child, layout))
+                int8 = (rounded or {}).get(child) if layout is _Panels else None
+                if int8 is not None:
+                    product: Product = _Panels(int8.values, int8.scales)
+                else:
+                    product = layout(child.weight.detach())
+                setattr(module, name, PackedLinear(child, product))

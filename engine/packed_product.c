@@ -5,7 +5,7 @@
  * many threads work.
  *
  * engine/packed_product.py calls this through ctypes; it has checked every shape and stride that is
- * relied on here. All arrays are float32 and contiguous.
+ * relied on here. All arrays are contiguous, and float32 but for weights that were rounded to int8.
  */
 #include <stdint.h>
 #include <string.h>
@@ -22,46 +22,73 @@
 
 /* The tile for each number of rows, which the compiler has to know. Plain arguments: structures, which
  * go over the stack, took a tenth off the speed. */
-#define TILE(rows)                                                                                \
-    static void tile_##rows(const float *x, int64_t size, const float *weights, int64_t length,   \
-                            const char *next, int64_t next_step, const float *start, float *out,  \
-                            int64_t width)                                                        \
+#define TILE(kind, is_int8, rows)                                                                 \
+    static void kind##_tile_##rows(const float *x, int64_t size, const void *weights,             \
+                                   const float *scales, int64_t length, const char *next,         \
+                                   int64_t next_step, const float *start, float *out,             \
+                                   int64_t width)                                                 \
     {                                                                                             \
         struct inputs in = {x, size, 1};                                                          \
-        struct weights by = {weights, PANEL, next, next_step};                                    \
-        multiply_tile(rows, in, by, length, start, out, width);                                   \
+        struct weights by = {weights, PANEL, scales, next, next_step};                            \
+        multiply_tile(rows, is_int8, in, by, length, start, out, width);                          \
     }
-EACH_TILE(TILE)
-#define NAME(rows) tile_##rows,
-typedef void (*tile)(const float *, int64_t, const float *, int64_t, const char *, int64_t,
-                     const float *, float *, int64_t);
-static const tile TILES[] = {0, EACH_TILE(NAME)};
+#define FLOAT_TILE(rows) TILE(float, 0, rows)
+#define INT8_TILE(rows) TILE(int8, 1, rows)
+EACH_TILE(FLOAT_TILE)
+EACH_TILE(INT8_TILE)
+#define FLOAT_NAME(rows) float_tile_##rows,
+#define INT8_NAME(rows) int8_tile_##rows,
+typedef void (*tile)(const float *, int64_t, const void *, const float *, int64_t, const char *,
+                     int64_t, const float *, float *, int64_t);
+static const tile TILES[2][MAX_TILE_ROWS + 1] = {{0, EACH_TILE(FLOAT_NAME)},
+                                                 {0, EACH_TILE(INT8_NAME)}};
 
-/* All rows of one group over one panel; `columns` of it are there, the others are padding. */
-static void multiply_panel(const float *x, int64_t rows, int64_t size, const float *panel,
-                           const float *bias, float *out, int64_t columns, int64_t width)
+/* A part of a panel of int8 numbers as float32 ones. */
+static void expand(const int8_t *numbers, const float *scales, int64_t length, float *out)
 {
-    float start[PANEL] = {0}, padded[TILE_ROWS * PANEL];
+    for (int64_t at = 0; at < length * PANEL; at += LANES)
+        *(vector *)(out + at) = *(const vector *)(scales + at % PANEL) * from_int8(numbers + at);
+}
+
+/* All rows of one group over one panel, which has scales if its numbers are int8; `columns` of it are
+ * there, the others are padding. */
+static void multiply_panel(const float *x, int64_t rows, int64_t size, const char *panel,
+                           const float *scales, const float *bias, float *out, int64_t columns,
+                           int64_t width)
+{
+    float start[PANEL] = {0}, scale[PANEL] = {0}, padded[TILE_ROWS * PANEL];
+    float expanded[PART * PANEL];
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t step = PANEL * (int64_t)(scales ? sizeof(int8_t) : sizeof(float));
+    /* Several tiles read numbers that were expanded once, a single one expands them itself. */
+    int expands = scales && tiles > 1;
     if (bias)
         memcpy(start, bias, columns * sizeof(float));
+    if (scales)
+        memcpy(scale, scales, columns * sizeof(float));
     for (int64_t part = 0; part < size; part += PART) {
         int64_t length = size - part < PART ? size - part : PART;
-        const float *weights = panel + part * PANEL, *from = part ? 0 : start;
-        const char *next = (const char *)(weights + length * PANEL);
-        int64_t next_step = PANEL * (int64_t)sizeof(float) / tiles;
+        const void *weights = panel + part * step;
+        const float *from = part ? 0 : start;
+        const char *next = panel + (part + length) * step;
+        int64_t next_step = step / tiles;
+        if (expands) {
+            expand(weights, scale, length, expanded);
+            weights = expanded;
+        }
         for (int64_t t = 0, row = 0; t < tiles; t++, next += next_step * length) {
             int64_t count = rows / tiles + (t < rows % tiles);
+            tile multiply = TILES[scales && !expands][count];
             const float *inputs = x + row * size + part;
             float *to = out + row * width;
             row += count;
             if (columns == PANEL) {
-                TILES[count](inputs, size, weights, length, next, next_step, from, to, width);
+                multiply(inputs, size, weights, scale, length, next, next_step, from, to, width);
                 continue;
             }
             for (int64_t i = 0; i < count; i++)
                 memcpy(padded + i * PANEL, to + i * width, columns * sizeof(float));
-            TILES[count](inputs, size, weights, length, next, next_step, from, padded, PANEL);
+            multiply(inputs, size, weights, scale, length, next, next_step, from, padded, PANEL);
             for (int64_t i = 0; i < count; i++)
                 memcpy(to + i * width, padded + i * PANEL, columns * sizeof(float));
         }
@@ -75,22 +102,27 @@ int64_t panel_width(void)
 }
 
 /* weight: [outputs, inputs] to packed: [panels, inputs, PANEL], with zeros beyond the outputs. */
-void pack_panels(const float *weight, int64_t outputs, int64_t inputs, float *packed,
-                 int num_threads)
-{
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
-    for (int64_t first = 0; first < outputs; first += PANEL) {
-        float *panel = packed + first * inputs;
-        for (int64_t p = 0; p < inputs; p++)
-            for (int64_t column = first; column < first + PANEL; column++)
-                *panel++ = column < outputs ? weight[column * inputs + p] : 0.0f;
+#define PACK(name, number)                                                                        \
+    void name(const number *weight, int64_t outputs, int64_t inputs, number *packed,              \
+              int num_threads)                                                                    \
+    {                                                                                             \
+        _Pragma("omp parallel for num_threads(num_threads) if (num_threads > 1)")                 \
+        for (int64_t first = 0; first < outputs; first += PANEL) {                                \
+            number *panel = packed + first * inputs;                                              \
+            for (int64_t p = 0; p < inputs; p++)                                                  \
+                for (int64_t column = first; column < first + PANEL; column++)                    \
+                    *panel++ = column < outputs ? weight[column * inputs + p] : 0;                \
+        }                                                                                         \
     }
-}
+PACK(pack_panels, float)
+PACK(pack_int8_panels, int8_t)
 
-/* x: [rows, inputs]; packed as above; bias: [outputs] or null; out: [rows, outputs]. */
-void multiply(const float *x, int64_t rows, const float *packed, const float *bias, float *out,
-              int64_t inputs, int64_t outputs, int num_threads)
+/* x: [rows, inputs]; packed as above; scales: [outputs] if packed has int8 numbers, else null; bias:
+ * [outputs] or null; out: [rows, outputs]. */
+void multiply(const float *x, int64_t rows, const char *packed, const float *scales,
+              const float *bias, float *out, int64_t inputs, int64_t outputs, int num_threads)
 {
+    int64_t step = inputs * (int64_t)(scales ? sizeof(int8_t) : sizeof(float));
     int64_t panels = (outputs + PANEL - 1) / PANEL;
     int64_t most = CACHED_INPUTS / inputs < MIN_ROWS ? MIN_ROWS : CACHED_INPUTS / inputs;
     int64_t groups = (rows + most - 1) / most, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -103,8 +135,9 @@ void multiply(const float *x, int64_t rows, const float *packed, const float *bi
         int64_t group = task / panels, panel = task % panels;
         int64_t row = rows * group / groups, end = rows * (group + 1) / groups;
         int64_t column = panel * PANEL;
-        multiply_panel(x + row * inputs, end - row, inputs, packed + panel * PANEL * inputs,
-                       bias ? bias + column : 0, out + row * outputs + column,
+        multiply_panel(x + row * inputs, end - row, inputs, packed + column * step,
+                       scales ? scales + column : 0, bias ? bias + column : 0,
+                       out + row * outputs + column,
                        outputs - column < PANEL ? outputs - column : PANEL, outputs);
     }
 }

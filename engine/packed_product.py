@@ -22,45 +22,65 @@ class PackedProduct:
         self._pack = library.pack_panels
         self._pack.argtypes = (pointer, size, size, pointer, threads)
         self._multiply = library.multiply
+        self._pack_int8 = library.pack_int8_panels
+        self._pack_int8.argtypes = self._pack.argtypes
         self._multiply.argtypes = (
-            *(pointer, size, pointer, pointer, pointer),
+            *(pointer, size, pointer, pointer, pointer, pointer),
             *(size, size, threads),
         )
-        for function in (self._pack, self._multiply):
+        for function in (self._pack, self._pack_int8, self._multiply):
             function.restype = None
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` [outputs, inputs] float32 laid out: [panels, inputs, panel width]."""
+        """`weight` [outputs, inputs], float32 or int8, laid out: [panels, inputs, panel width].
+
+        :raises ValueError: if it is neither
+        """
+        if weight.dtype not in {torch.float32, torch.int8}:
+            raise ValueError(f"no layout of {weight.dtype} weights")
         outputs, inputs = weight.shape
         weight = weight.contiguous()
         packed = weight.new_empty(-(-outputs // self._panel_width), inputs, self._panel_width)
         threads = torch.get_num_threads()
-        self._pack(weight.data_ptr(), outputs, inputs, packed.data_ptr(), threads)
+        pack = self._pack_int8 if weight.dtype == torch.int8 else self._pack
+        pack(weight.data_ptr(), outputs, inputs, packed.data_ptr(), threads)
         return packed
 
     def __call__(
-        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, outputs: int
+        self,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: int,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`x` [..., inputs] times the weight that `packed` was made of, and `bias` [outputs].
 
+        :param scales: [outputs] that the rows of an int8 weight are multiplied with
         :returns: [..., outputs]; each row's numbers are the same whatever rows are beside it
         :raises ValueError: if the tensors don't fit each other
         """
         inputs = x.shape[-1]
-        panels = -(-outputs // self._panel_width)
-        if x.dtype != torch.float32 or packed.shape != (panels, inputs, self._panel_width):
-            shapes = f"{tuple(x.shape)} {x.dtype} by {tuple(packed.shape)} to {outputs}"
-            raise ValueError(f"no product of {shapes}")
-        if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
-            raise ValueError(f"a bias of shape {tuple(bias.shape)} for {outputs} outputs")
+        shape = -(-outputs // self._panel_width), inputs, self._panel_width
+        dtype = torch.float32 if scales is None else torch.int8
+        if x.dtype != torch.float32 or packed.shape != shape or packed.dtype != dtype:
+            parts = f"{tuple(x.shape)} {x.dtype} by {tuple(packed.shape)} {packed.dtype}"
+            raise ValueError(f"no product of {parts} to {outputs}")
+        for name, vector in (("a bias", bias), ("scales", scales)):
+            if vector is not None and (vector.shape != (outputs,) or not vector.is_contiguous()):
+                raise ValueError(f"{name} of shape {tuple(vector.shape)} for {outputs} outputs")
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
         self._multiply(
             *(x.data_ptr(), x.numel() // inputs, packed.data_ptr()),
-            *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(_pointer(scales), _pointer(bias), out.data_ptr()),
             *(inputs, outputs, torch.get_num_threads()),
         )
         return out
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

@@ -47,8 +47,8 @@ static const float ZEROS[PANEL];
     static void score_##rows(const float *keys, int64_t key_size, const float *queries, float *to) \
     {                                                                                             \
         struct inputs in = {keys, key_size, 1};                                                   \
-        struct weights by = {queries, PANEL, (const char *)queries, 0};                           \
-        multiply_tile(rows, in, by, key_size, ZEROS, to, PANEL);                                  \
+        struct weights by = {queries, PANEL, 0, (const char *)queries, 0};                        \
+        multiply_tile(rows, 0, in, by, key_size, ZEROS, to, PANEL);                                  \
     }
 EACH_TILE(SCORE)
 #define SCORE_NAME(rows) score_##rows,
@@ -60,8 +60,8 @@ static void (*const SCORES[])(const float *, int64_t, const float *, float *) = 
                            float *to, int64_t width)                                              \
     {                                                                                             \
         struct inputs in = {weights, 1, PANEL};                                                   \
-        struct weights by = {values, row, (const char *)values, 0};                               \
-        multiply_tile(rows, in, by, length, ZEROS, to, width);                                    \
+        struct weights by = {values, row, 0, (const char *)values, 0};                            \
+        multiply_tile(rows, 0, in, by, length, ZEROS, to, width);                                    \
     }
 EACH_TILE(SUM)
 #define SUM_NAME(rows) sum_##rows,

@@ -29,6 +29,7 @@ from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs, hidden_place
 from engine.decode_graphs import DecodeGraphs, capture_for
 from engine.fused_layers import fuse_layers
+from engine.int8_weights import Int8Weight, round_weights
 from engine.kv_cache import KVPool, KVShape
 from engine.last_layer import LastLayer
 from engine.packed_linear import can_pack, pack_linears
@@ -78,6 +79,7 @@ class Stage:
             self._layers[-1].register_forward_hook(self._capture)
         self._last_layer = LastLayer(self._layers[-1]) if spec.is_last else None
         self._blank_noise = 0.0
+        self._rounded: dict[nn.Linear, Int8Weight] = {}
 
     @classmethod
     def load(
@@ -88,15 +90,19 @@ class Stage:
         dtype: torch.dtype,
         *,
         use_cache: bool = True,
+        int8: bool = False,
         trust_remote_code: bool = False,
     ) -> Stage:
         """Load a stage and settle how it runs.
 
+        :param int8: round the layers' weights
         :raises UnsupportedModelError: if neither way gives what the model itself gives
         """
         for pack in (True, False) if can_pack(torch.device(spec.device), dtype) else (False,):
             model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
             stage = cls(model, config, spec, use_cache=use_cache)
+            if int8:
+                stage.round_weights()
             try:
                 stage.choose_mode(pack_weights=pack)
             except UnsupportedModelError:
@@ -106,6 +112,23 @@ class Stage:
             if stage.mode == "packed":
                 break
         return stage
+
+    def round_weights(self) -> None:
+        """Round the layers' weights to int8, before anything is computed with them.
+
+        :raises UnsupportedModelError: if there are none that can be
+        """
+        self._rounded = round_weights(self._layers)
+        total = sum(weight.numel() for layer in self._layers for weight in layer.parameters())
+        num_rounded = sum(module.weight.numel() for module in self._rounded)
+        if not num_rounded:
+            raise UnsupportedModelError(
+                f"the layers of {type(self.model).__name__} have no nn.Linear to round to int8"
+            )
+        logger.info(
+            "stage %d on %s: %.0f %% of the layers' weights rounded to int8",
+            *(self.spec.index, self.device, 100 * num_rounded / total),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -280,8 +303,9 @@ class Stage:
                 f"({type(problem).__name__}: {problem})"
             ) from problem
         if pack_weights:
-            pack_linears(self.model)
+            pack_linears(self.model, self._rounded)
             fuse_layers(self.model)
+        self._rounded = {}  # with it the plain weights, where they were laid out
         reasons: list[str] = []
         for backend in self._backends:
             self.attention = backend

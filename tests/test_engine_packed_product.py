@@ -38,6 +38,24 @@ def test_equals_pytorch_s(product: PackedProduct, inputs: int, outputs: int, bia
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("outputs", [1, 64, 100])
+@pytest.mark.parametrize("inputs", [1, 256, 700])
+@pytest.mark.usefixtures("threads")
+def test_int8_weights_give_what_their_numbers_give(
+    product: PackedProduct, inputs: int, outputs: int
+):
+    """To the last bit, so how many rows there are matters here no more than there."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    scales = torch.rand(outputs, generator=generator)
+    added = torch.randn(outputs, generator=generator)
+    packed, plain = product.pack(values), product.pack(values * scales[:, None])
+    for rows in (0, 1, 2, 13, 14, 15, 57, 300):
+        x = torch.randn(rows, inputs, generator=generator)
+        found = product(x, packed, added, outputs, scales)
+        assert torch.equal(found, product(x, plain, added, outputs))
+
+
 @given(st.data())
 def test_a_row_s_numbers_don_t_depend_on_its_neighbours(data: st.DataObject):
     product = packed_product()
@@ -76,3 +94,10 @@ def test_what_doesn_t_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=r"no product of|bias of shape"):
             product(x, packed, bias, 9)
+    x, values = torch.randn(3, 40), torch.ones(9, 40, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"int8 to 9"):
+        product(x, product.pack(values), None, 9)
+    with pytest.raises(ValueError, match=r"scales of shape \(8,\)"):
+        product(x, product.pack(values), None, 9, torch.ones(8))
+    with pytest.raises(ValueError, match=r"no layout of torch.float16"):
+        product.pack(values.half())

@@ -54,6 +54,10 @@ _ENGINE: dict[str, Any] = {
     "dtype": Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default=False)
     ],
+    "quantization": Annotated[
+        str | None,
+        typer.Option(help="int8: round the layers' weights, on a CPU.", show_default=False),
+    ],
     "max_num_seqs": Annotated[
         int | None, typer.Option(help="Requests that generate at a time (64).", show_default=False)
     ],

@@ -34,6 +34,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         model=str(DEMO_MODEL_PATH) if settings.model == DEMO_MODEL else settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         devices=tuple(settings.stages),
         partition=settings.partition,
         layer_bounds=None if settings.layer_bounds is None else tuple(settings.layer_bounds),

@@ -62,6 +62,7 @@ class PlanReport:
     layer_bounds: list[int]
     """Give these to `--partition custom` to have this very plan."""
     dtype: str
+    quantization: str | None
     pipeline: str
     num_threads: int
     """CPU threads of each stage."""
@@ -90,10 +91,12 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     limit = length_limit(config, model_config.get_text_config())
     sizes = ModelSizes.read(checkpoint, model_config)
     is_inline, num_threads = _threads(config)
-    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, int8=config.int8)
     if measure:
         torch.set_num_threads(num_threads)
-        speeds = {name: device_speed(name, dtype, sizes) for name in set(config.devices)}
+        speeds = {
+            name: device_speed(name, dtype, sizes, int8=config.int8) for name in set(config.devices)
+        }
         costs = dataclasses.replace(costs, speeds=speeds)
         speeds = {
             name: speed_of_layers(
@@ -107,7 +110,9 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     times = _predicted(plan, costs)
     measured: Sequence[StageTimes | None] = [None] * len(plan.stages)
     if measure:
-        found = measure_stages(checkpoint, model_config, plan, dtype, trust_remote_code=trust)
+        found = measure_stages(
+            checkpoint, model_config, plan, dtype, int8=config.int8, trust_remote_code=trust
+        )
         bubbles = _bubbles(plan, [stage.decode_s for stage in found])
         measured = [
             StageTimes(stage.decode_s, stage.prefill_s, stage.peak_bytes, bubble)
@@ -119,6 +124,7 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
         strategy=config.partition,
         layer_bounds=[stage.first_layer for stage in plan.stages[1:]],
         dtype=str(dtype).removeprefix("torch."),
+        quantization=config.quantization,
         pipeline="inline" if is_inline else "threads",
         num_threads=num_threads,
         cache_slots=slots,
@@ -232,7 +238,8 @@ def plan_table(report: PlanReport) -> Table:
 
 def _title(report: PlanReport) -> str:
     threads = f"{report.num_threads} thread{'s' * (report.num_threads > 1)}"
-    return f"{report.model}, {report.strategy}, {report.dtype}, {report.pipeline}, {threads}"
+    numbers = report.dtype + (f" with {report.quantization} weights" if report.quantization else "")
+    return f"{report.model}, {report.strategy}, {numbers}, {report.pipeline}, {threads}"
 
 
 def _caption(report: PlanReport) -> str:

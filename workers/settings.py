@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from engine.config import PartitionStrategy
+from engine.config import PartitionStrategy, Quantization
 from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
@@ -41,6 +41,8 @@ class WorkerSettings(EnvironmentSettings):
     layer_bounds: Annotated[list[int] | None, NoDecode] = None
     """The first layer of every stage but the first, such as 3,6 for three stages."""
     dtype: str = "auto"
+    quantization: Quantization | None = None
+    """`int8` rounds the layers' weights; on a CPU in float32 only."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Requests that generate at the same time."""
     max_batch_tokens: int = Field(default=512, ge=1)
