@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,13 @@ def test_a_primary_without_enough_replicas_counts_as_away(group: SentinelGroup) 
     with pytest.raises(redis.ConnectionError, match="NOREPLICAS"):
         sync.eval("return redis.call('SET', KEYS[1], 'value')", 1, "key")
     sync.config_set("min-replicas-to-write", 1)
-    assert sync.set("key", "value")
+
+    def is_written() -> bool:  # on a busy machine the replica's last word may be too old as well
+        with suppress(redis.ConnectionError):
+            return bool(sync.set("key", "value"))
+        return False
+
+    until(is_written)
     sync.close()
 
 
