@@ -183,9 +183,8 @@ class CostModel:
         num_rounded = self._num_rounded(*layers)
         matrices = sum(part.num_matrix_params for part in layers) - num_rounded
         matrices += stage.is_last * self.sizes.last.num_matrix_params
-        # Each matrix is there twice until all are laid out anew, a rounded one a third time.
+        # Each matrix is there twice until all are laid out anew.
         load = weights + self.packs(stage.device) * (matrices * self.itemsize + num_rounded)
-        load += num_rounded * self.itemsize
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
         work = max(
             self.working_bytes(step.num_tokens)

@@ -28,7 +28,7 @@ from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch, Segment
 from engine.checkpoint import Checkpoint
 from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpeed
-from engine.int8_weights import round_weights
+from engine.int8_weights import round_linears
 from engine.kv_cache import KVPool, KVShape
 from engine.masks import MaskRule
 from engine.packed_linear import can_pack, pack_linears
@@ -94,8 +94,10 @@ def _matrices(
     count = min(len(sizes.layers) * 4, max(2, _BEYOND_CACHES_BYTES // one))
     kwargs: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
     matrices = nn.Sequential(*(nn.Linear(*shape, **kwargs) for _ in range(count)))
+    if int8:
+        round_linears([matrices])
     if can_pack(device, dtype):
-        pack_linears(matrices, round_weights(matrices) if int8 else None)
+        pack_linears(matrices)
     return list(matrices)
 
 

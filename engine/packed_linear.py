@@ -11,13 +11,13 @@ have no public name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
 from torch import nn
 
-from engine.int8_weights import Int8Weight
+from engine.int8_weights import RoundedLinear
 from engine.packed_product import packed_product
 
 __all__ = ["PackedLinear", "can_pack", "pack_linears"]
@@ -35,9 +35,9 @@ class Product(Protocol):
 
 
 class PackedLinear(nn.Module):
-    """Computes what the `nn.Linear` it is made from does, on a CPU in float32."""
+    """Computes what the linear layer it is made from does, on a CPU in float32."""
 
-    def __init__(self, linear: nn.Linear, product: Product) -> None:
+    def __init__(self, linear: nn.Linear | RoundedLinear, product: Product) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         # Shape, dtype and device for who asks. Who reads the values gets no number, which the
         # check at load finds; the plain matrix would take its memory a second time.
-        stand_in = torch.full((1, 1), math.nan).expand(linear.weight.shape)
+        stand_in = torch.full((1, 1), math.nan).expand(linear.out_features, linear.in_features)
         self.weight = nn.Parameter(stand_in, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,20 +103,20 @@ def _layout() -> Callable[[torch.Tensor], Product] | None:
     return None
 
 
-def pack_linears(model: nn.Module, rounded: Mapping[nn.Linear, Int8Weight] | None = None) -> None:
+def pack_linears(model: nn.Module) -> None:
     """Replace each `nn.Linear` in `model`; subclasses of it may do more and stay as they are.
 
-    :param rounded: those whose weights are rounded; laid out as they are where there is a product
-        with such weights, else as the numbers that they stand for
+    Rounded weights are laid out as they are where there is a product with such weights, else as the
+    numbers that they stand for.
     """
     layout = _layout()
     assert layout is not None, "ask can_pack before"
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.numel():
-                int8 = (rounded or {}).get(child) if layout is _Panels else None
-                if int8 is not None:
-                    product: Product = _Panels(int8.values, int8.scales)
-                else:
-                    product = layout(child.weight.detach())
+            if isinstance(child, RoundedLinear) and layout is _Panels:
+                product = _Panels(child.rounded.values, child.rounded.scales)
                 setattr(module, name, PackedLinear(child, product))
+            elif isinstance(child, RoundedLinear) or (
+                type(child) is nn.Linear and child.weight.numel()
+            ):
+                setattr(module, name, PackedLinear(child, layout(child.weight.detach())))

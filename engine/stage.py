@@ -29,7 +29,7 @@ from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs, hidden_place
 from engine.decode_graphs import DecodeGraphs, capture_for
 from engine.fused_layers import fuse_layers
-from engine.int8_weights import Int8Weight, round_weights
+from engine.int8_weights import round_linears
 from engine.kv_cache import KVPool, KVShape
 from engine.last_layer import LastLayer
 from engine.packed_linear import can_pack, pack_linears
@@ -79,7 +79,6 @@ class Stage:
             self._layers[-1].register_forward_hook(self._capture)
         self._last_layer = LastLayer(self._layers[-1]) if spec.is_last else None
         self._blank_noise = 0.0
-        self._rounded: dict[nn.Linear, Int8Weight] = {}
 
     @classmethod
     def load(
@@ -118,9 +117,8 @@ class Stage:
 
         :raises UnsupportedModelError: if there are none that can be
         """
-        self._rounded = round_weights(self._layers)
         total = sum(weight.numel() for layer in self._layers for weight in layer.parameters())
-        num_rounded = sum(module.weight.numel() for module in self._rounded)
+        num_rounded = round_linears(self._layers)
         if not num_rounded:
             raise UnsupportedModelError(
                 f"the layers of {type(self.model).__name__} have no nn.Linear to round to int8"
@@ -303,9 +301,8 @@ class Stage:
                 f"({type(problem).__name__}: {problem})"
             ) from problem
         if pack_weights:
-            pack_linears(self.model, self._rounded)
+            pack_linears(self.model)
             fuse_layers(self.model)
-        self._rounded = {}  # with it the plain weights, where they were laid out
         reasons: list[str] = []
         for backend in self._backends:
             self.attention = backend
