@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # The tests' models are tiny: threads gain nothing, and fight where other work runs.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test lint types format check bench bench-cache bench-queue chaos cluster clean
+.PHONY: help install demo test lint types format check bench bench-cache bench-queue chaos sanitize cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,15 @@ bench-queue: $(INSTALLED) ## Measure the queue beside RQ, arq, saq, taskiq and b
 
 chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that nothing is lost (CHAOS="--kills 50 …")
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
+
+sanitize: $(INSTALLED) ## Run the tests of the compiled sources with gcc's address and undefined-behaviour sanitizers
+	@# libstdc++ as well, or the sanitizer doesn't know how torch throws; Python's own leaks are not ours
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
+	CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+	$(PYTEST) -p no:cacheprovider tests/test_engine_packed_product.py \
+	  tests/test_engine_native_attention.py tests/test_engine_fused_layers.py \
+	  tests/test_engine_int8.py tests/test_engine_last_layer.py
 
 cluster: ## Start Redis and workers with docker compose
 	docker compose up --build
