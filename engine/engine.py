@@ -39,6 +39,7 @@ from engine.sequence import Sequence as Text
 from engine.sizes import ModelSizes
 from engine.slicing import load_config, resolve_dtype
 from engine.stage import Stage
+from engine.stage_loading import load_stage
 from engine.structured import Forms
 from engine.tokenizer import Tokenizer
 from queue_api.errors import (
@@ -528,7 +529,7 @@ def _load_stages(
     config: EngineConfig,
 ) -> list[Stage]:
     return [
-        Stage.load(
+        load_stage(
             checkpoint,
             model_config,
             spec,

@@ -35,6 +35,7 @@ from engine.packed_linear import can_pack, pack_linears
 from engine.partition import PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes
 from engine.stage import Stage
+from engine.stage_loading import load_stage
 from queue_api.errors import UnsupportedModelError
 
 __all__ = ["MeasuredStage", "device_speed", "measure_stages", "speed_of_layers"]
@@ -153,7 +154,7 @@ def speed_of_layers(
     spec = _sample_layers(costs, device)
     vocab_size = costs.sizes.vocab_size
     try:
-        stage = Stage.load(
+        stage = load_stage(
             checkpoint,
             model_config,
             spec,
@@ -226,7 +227,7 @@ def measure_stages(
     stages, measured = [], []
     for spec in plan.stages:
         with _peak_memory(torch.device(spec.device)) as peak:
-            stage = Stage.load(
+            stage = load_stage(
                 checkpoint,
                 model_config,
                 spec,

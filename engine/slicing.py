@@ -1,6 +1,6 @@
 """Cut a slice out of an unchanged Hugging Face model and load that slice's weights alone.
 
-With stage.py, the only place that knows how transformers builds its models.
+With stage.py and stage_loading.py, the only place that knows how transformers builds its models.
 """
 
 from __future__ import annotations

@@ -42,11 +42,12 @@ def backend_of(name: str) -> AttentionBackend:
 def stage_on_meta(model: str, backend: AttentionBackend) -> Stage:
     """A stage in bfloat16 on the device without numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.stage.can_pack", lambda *_: False)  # a CPU's layout, and its C code
+        # A CPU's layout, and its C code.
+        patch.setattr("engine.stage_loading.can_pack", lambda *_: False)
         (stage,) = tiny_model(model).engine().stages
     stage.model.to(META).to(torch.bfloat16)
     stage.device, stage.attention = META, backend
-    stage.pool = stage._make_pool(400)
+    stage.pool = stage.make_pool(400)
     return stage
 
 

@@ -96,7 +96,7 @@ def test_a_layer_that_needs_all_tokens_gets_them(
     expected = [model.greedy(prompt, 6) for prompt in PROMPTS]
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     monkeypatch.setattr(LlamaDecoderLayer, "ones", None, raising=False)
-    with caplog.at_level(logging.INFO, "engine.stage"):
+    with caplog.at_level(logging.INFO, "engine.stage_loading"):
         engine = model.engine()
     assert "the last layer computes all tokens" in caplog.text
     assert engine.stages[0].mode == "packed"

@@ -189,13 +189,13 @@ def test_unknown_architecture_is_refused(copy_of_llama) -> None:
 
 def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
     """Neither way of running may differ from the model's own forward."""
-    from engine import stage
+    from engine.stage_loading import ModeChoice
 
     def off(*args: object, **kwargs: object) -> torch.Tensor:
         return real(*args, **kwargs) * 1.01
 
-    real = stage.Stage._probe
-    monkeypatch.setattr(stage.Stage, "_probe", off)
+    real = ModeChoice._probe
+    monkeypatch.setattr(ModeChoice, "_probe", off)
     with pytest.raises(UnsupportedModelError, match=r"packed: output is off by .*single: output"):
         tiny_model("llama").engine()
 

@@ -77,7 +77,7 @@ def test_texts_are_the_same_where_sequences_run_one_by_one():
     )
     for stage in engine.stages:
         stage.pool = None
-        stage._set_mode("single", stepwise=False)
+        stage.set_mode("single")
     failed = limit_memory(engine, 5, MemoryError(), place=0)
     assert texts(engine) == [MODEL.greedy(prompt, 16) for prompt in PROMPTS]
     assert failed

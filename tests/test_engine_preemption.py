@@ -183,7 +183,7 @@ def test_texts_that_run_one_by_one_are_preempted_with_their_caches() -> None:
     tested = tight("llama", 2, prefix_caching=False)
     for stage in tested.stages:
         stage.pool = None
-        stage._set_mode("single", stepwise=False)
+        stage.set_mode("single")
     done = tested.generate(requests(PROMPTS, max_tokens=NEW))
     model = tiny_model("llama")
     assert [c.token_ids for c in done] == [model.greedy(prompt, NEW) for prompt in PROMPTS]

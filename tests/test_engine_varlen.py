@@ -156,7 +156,7 @@ def test_a_backend_that_fails_is_left_for_sdpa_with_a_warning(
     change, reason = FAULTS[fault]
     install(monkeypatch, Broken(change))
     model = tiny_model("llama")
-    with caplog.at_level(logging.WARNING, "engine.stage"):
+    with caplog.at_level(logging.WARNING, "engine.stage_loading"):
         engine = model.engine(devices=("cpu",) * num_stages)
     assert len(caplog.messages) == num_stages  # one per stage
     assert all("broken" in message and reason in message for message in caplog.messages)
@@ -171,8 +171,8 @@ def test_a_fault_in_the_model_s_output_alone_is_found(
 ) -> None:
     """The check of attention passes, the probe of the stage doesn't."""
     install(monkeypatch, Broken(lambda out, _: out * 1.1))
-    monkeypatch.setattr("engine.stage.check_attention", lambda *_: None)
-    with caplog.at_level(logging.WARNING, "engine.stage"):
+    monkeypatch.setattr("engine.stage_loading.check_attention", lambda *_: None)
+    with caplog.at_level(logging.WARNING, "engine.stage_loading"):
         engine = tiny_model("llama").engine()
     assert "broken: output is off by" in caplog.text
     assert engine.stages[0].attention.name == "SDPA per sequence"
