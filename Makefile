@@ -8,6 +8,10 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 # The tests' models are tiny: threads gain nothing, and fight where other work runs.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# libstdc++ as well, or the sanitizer doesn't know how torch throws; Python's own leaks are not ours.
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
+  CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
 
 .PHONY: help install demo test lint types format check bench bench-cache bench-queue chaos sanitize cluster clean
 
@@ -60,11 +64,10 @@ chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that n
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
 sanitize: $(INSTALLED) ## Run the tests of the compiled sources with gcc's address and undefined-behaviour sanitizers
-	@# libstdc++ as well, or the sanitizer doesn't know how torch throws; Python's own leaks are not ours
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
-	CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
-	$(PYTEST) -p no:cacheprovider tests/test_engine_packed_product.py \
+	@# without a library its tests would be skipped, and all would look well
+	$(SANITIZED) $(BIN)/python -c 'from engine.native_library import SOURCES, native_library; \
+	  assert all(map(native_library, SOURCES))'
+	$(SANITIZED) $(PYTEST) -p no:cacheprovider tests/test_engine_packed_product.py \
 	  tests/test_engine_native_attention.py tests/test_engine_fused_layers.py \
 	  tests/test_engine_int8.py tests/test_engine_last_layer.py
 

@@ -11,7 +11,7 @@ __all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode", "Quant
 
 PartitionStrategy = Literal["uniform", "memory", "compute", "mixed", "custom"]
 PipelineMode = Literal["auto", "inline", "threads"]
-Quantization = Literal["int8"]
+Quantization = Literal["none", "int8"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,7 +29,7 @@ class EngineConfig:
     """Branch, tag or commit of a Hub id."""
     dtype: str = "auto"
     """Of weights, activations and cache. `auto` is the checkpoint's, but float32 on a CPU."""
-    quantization: Quantization | None = None
+    quantization: Quantization = "none"
     """`int8` rounds the weights of the layers' `nn.Linear`, on a CPU in float32 only; the text is
     then the rounded model's."""
     devices: tuple[str, ...] = ("cpu",)
@@ -66,7 +66,11 @@ class EngineConfig:
             raise ConfigurationError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if not self.devices:
             raise ConfigurationError("no devices given; name one per stage, such as cpu or cuda:0")
-        for name, allowed in (("partition", PartitionStrategy), ("pipeline", PipelineMode)):
+        for name, allowed in (
+            ("partition", PartitionStrategy),
+            ("pipeline", PipelineMode),
+            ("quantization", Quantization),
+        ):
             if (value := getattr(self, name)) not in get_args(allowed):
                 known = ", ".join(get_args(allowed))
                 raise ConfigurationError(f"{name} {value!r} is none of {known}")
@@ -87,18 +91,16 @@ class EngineConfig:
 
     @property
     def int8(self) -> bool:
-        """True if the layers' weights are rounded to int8."""
+        """True if the layers' weights are rounded."""
         return self.quantization == "int8"
 
     def _check_quantization(self) -> None:
-        if self.quantization is None:
+        if self.quantization == "none":
             return
-        if self.quantization not in get_args(Quantization):
-            known = ", ".join(get_args(Quantization))
-            raise ConfigurationError(f"quantization {self.quantization!r} is none of {known}")
         others = [name for name in self.devices if name.split(":")[0] != "cpu"]
         if others or self.dtype not in {"auto", "float32"}:
             where = f"{self.dtype} on {','.join(self.devices)}"
             raise ConfigurationError(
-                f"quantization {self.quantization!r} is for float32 on a CPU, not for {where}"
+                f"quantization {self.quantization} is for float32 on a CPU, not for {where}; "
+                "set it to none, or dtype to float32 and all stages to cpu"
             )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
+from engine.int8_weights import rounded_params
 from engine.memory import CACHE_SHARE, available_bytes
-from engine.packed_linear import can_pack
+from engine.packed_linear import can_pack, packs_int8
 from engine.partition import DeviceCosts, PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes, Part
 from queue_api.errors import PartitionError
@@ -29,6 +31,7 @@ __all__ = [
     "StepSpeed",
     "kind_of",
     "plan_model",
+    "rounded_by",
 ]
 
 LAYER_OPS = 30
@@ -129,18 +132,22 @@ class CostModel:
     """Bytes of an element of weights, activations and cache."""
     speeds: Mapping[str, DeviceSpeed]
     """By device."""
-    int8: bool = False
-    """The layers' weights are rounded to int8."""
+    rounded: tuple[int, ...] = ()
+    """How many parameters of each layer take one byte; empty if none does."""
 
     @classmethod
     def nominal(
-        cls, sizes: ModelSizes, itemsize: int, devices: Sequence[str], *, int8: bool = False
+        cls,
+        sizes: ModelSizes,
+        itemsize: int,
+        devices: Sequence[str],
+        rounded: tuple[int, ...] = (),
     ) -> CostModel:
         """With each device's speed by rule of thumb."""
         speeds = {
             name: NOMINAL_SPEEDS[kind_of(name)].speed(sizes, itemsize) for name in set(devices)
         }
-        return cls(sizes, itemsize, speeds, int8)
+        return cls(sizes, itemsize, speeds, rounded)
 
     @property
     def slot_bytes(self) -> int:
@@ -151,16 +158,15 @@ class CostModel:
         """Weights that a stage holds."""
         copied = self._copied(stage.device) if stage.is_last else 0
         total = (self.sizes.stage_params(stage) + copied) * self.itemsize
-        return total - (self.itemsize - 1) * self._num_rounded(*self._layers(stage))
+        return total - (self.itemsize - 1) * self._num_rounded(stage)
 
-    def _layers(self, stage: StageSpec) -> Sequence[Part]:
-        return self.sizes.layers[stage.first_layer : stage.end_layer]
+    def layer_bytes(self, layer: int) -> int:
+        """Weights of one layer."""
+        rounded = self.rounded[layer] if self.rounded else 0
+        return self.sizes.layers[layer].num_params * self.itemsize - (self.itemsize - 1) * rounded
 
-    def _num_rounded(self, *layers: Part) -> int:
-        """Parameters that take a byte; experts aren't rounded."""
-        if not self.int8:
-            return 0
-        return sum(part.num_matrix_params - part.num_expert_params for part in layers)
+    def _num_rounded(self, stage: StageSpec) -> int:
+        return sum(self.rounded[stage.first_layer : stage.end_layer])
 
     def _copied(self, device: str) -> int:
         """Parameters of a tied embedding that are laid out a second time to be the head."""
@@ -179,12 +185,14 @@ class CostModel:
     def peak_bytes(self, stage: StageSpec, steps: Sequence[Step]) -> int:
         """A stage's memory at its peak: while it is loaded, or in the largest of the steps."""
         weights = self.weight_bytes(stage)
-        layers = self._layers(stage)
-        num_rounded = self._num_rounded(*layers)
+        layers = self.sizes.layers[stage.first_layer : stage.end_layer]
+        num_rounded = self._num_rounded(stage)
         matrices = sum(part.num_matrix_params for part in layers) - num_rounded
         matrices += stage.is_last * self.sizes.last.num_matrix_params
         # Each matrix is there twice until all are laid out anew.
         load = weights + self.packs(stage.device) * (matrices * self.itemsize + num_rounded)
+        # Before they are rounded they are there as numbers, but where a file of such is mapped.
+        load = max(load, weights + (self.itemsize - 1) * num_rounded)
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
         work = max(
             self.working_bytes(step.num_tokens)
@@ -196,14 +204,16 @@ class CostModel:
     def layer_s(self, device: str, step: Step, layer: int) -> float:
         speed = self.speeds[device].at(step)
         part, due = self.sizes.layers[layer], step.num_seqs
+        rounded = self.rounded[layer] if self.rounded else 0
+        num_bytes = part.num_matrix_params * self.itemsize - (self.itemsize - 1) * rounded
         if layer == len(self.sizes.layers) - 1 and due < step.num_tokens:
             # The model's last layer: of the tokens that aren't due keys and values alone.
-            product_s = self._layer_product_s(
-                device, step, self._before_attention(part), step.num_tokens
-            )
-            product_s += self._layer_product_s(device, step, part, due)
+            early = self._before_attention(part)
+            share = early.num_matrix_params / max(1, part.num_matrix_params)
+            product_s = self._product_s(device, step, early, step.num_tokens, share * num_bytes)
+            product_s += self._product_s(device, step, part, due, num_bytes)
             return product_s + self._layer_ops / 2 * speed.op_s
-        product_s = self._layer_product_s(device, step, part, step.num_tokens)
+        product_s = self._product_s(device, step, part, step.num_tokens, num_bytes)
         return product_s + self._layer_ops * speed.op_s + speed.attention_s
 
     def _before_attention(self, part: Part) -> Part:
@@ -261,6 +271,7 @@ class CostModel:
         logit_bytes = num_seqs * sizes.vocab_size * 4
         return DeviceCosts(
             layer_s=[self.layer_s(device, step, i) for i in range(num_layers)],
+            # As numbers also where they are rounded: that much loading may take.
             layer_bytes=[p.num_params * self.itemsize + cache_bytes for p in sizes.layers],
             first_s=self.first_s(device, step),
             last_s=self.last_s(device, step),
@@ -271,18 +282,26 @@ class CostModel:
             free_bytes=free_bytes,
         )
 
-    def _layer_product_s(self, device: str, step: Step, part: Part, num_rows: int) -> float:
-        num_bytes = part.num_matrix_params * self.itemsize
-        num_bytes -= (self.itemsize - 1) * self._num_rounded(part)
-        return self._product_s(device, step, part, num_rows, num_bytes)
-
     def _product_s(
-        self, device: str, step: Step, part: Part, num_rows: int, num_bytes: int
+        self, device: str, step: Step, part: Part, num_rows: int, num_bytes: float
     ) -> float:
         """Matrix products of `num_rows` rows: bound by arithmetic, or by reading the weights."""
         speed = self.speeds[device]
         flops = 2 * num_rows * part.num_active_params
         return max(flops / speed.at(step).flops_per_s, num_bytes / speed.bytes_per_s)
+
+
+def rounded_by(
+    config: EngineConfig, model_config: Any, *, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """How many parameters of each layer will take one byte; empty if none will.
+
+    :raises UnsupportedModelError: if the model has nothing to round as the config asks for it
+    """
+    if config.quantization == "none":
+        return ()
+    rounded = rounded_params(model_config, trust_remote_code=trust_remote_code)
+    return rounded if packs_int8() else ()
 
 
 def plan_model(

@@ -21,7 +21,7 @@ except ImportError as error:
 from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.costs import CostModel, plan_model
+from engine.costs import CostModel, plan_model, rounded_by
 from engine.kv_cache import SlotAllocator
 from engine.logits import LogitsChange
 from engine.logprobs import described, logprobs_of, note_prompt_logprobs
@@ -517,7 +517,8 @@ def _plan(
         num_layers = model_config.get_text_config().num_hidden_layers
         return plan_partition(num_layers, config.devices, config.partition, config.layer_bounds)
     sizes = ModelSizes.read(checkpoint, model_config)
-    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, int8=config.int8)
+    rounded = rounded_by(config, model_config, trust_remote_code=config.trust_remote_code)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, rounded)
     return plan_model(config, costs, max_model_len)
 
 
@@ -544,7 +545,7 @@ def _load_stages(
 
 def _revision(checkpoint: Checkpoint, config: EngineConfig) -> str | None:
     """Which weights: what was begun with some isn't to go on with others."""
-    if config.quantization is None:
+    if config.quantization == "none":
         return checkpoint.revision
     return f"{checkpoint.revision}+{config.quantization}"
 

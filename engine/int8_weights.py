@@ -9,12 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Int8Weight", "RoundedLinear", "round_linears"]
+from engine.slicing import find_layers, model_without_weights
+from queue_api.errors import UnsupportedModelError
+
+__all__ = [
+    "Int8Weight",
+    "RoundedLinear",
+    "is_plain_linear",
+    "nothing_to_round",
+    "round_linears",
+    "rounded_params",
+]
 
 _LARGEST = 127
 
@@ -32,8 +43,8 @@ class Int8Weight:
     def nearest(cls, weight: torch.Tensor) -> Int8Weight:
         """The nearest to `weight` [outputs, inputs] float32."""
         scales = torch.linalg.vector_norm(weight, math.inf, dim=1) / _LARGEST
-        steps = scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        return cls((weight / steps).round_().to(torch.int8), scales)
+        scales.clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros
+        return cls((weight / scales[:, None]).round_().to(torch.int8), scales)
 
     def numbers(self) -> torch.Tensor:
         """[outputs, inputs] float32."""
@@ -43,8 +54,8 @@ class Int8Weight:
 class RoundedLinear(nn.Module):
     """Computes what the `nn.Linear` it is made from does, with the rounded weight.
 
-    Slow, for it expands its weight each time: it is there to be laid out for the product that takes
-    the eight bits as they lie, and to say beforehand what that has to give.
+    Slow, for it expands its weight each time. It says what the product that takes the eight bits as
+    they lie has to give, and is replaced by that.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -53,6 +64,8 @@ class RoundedLinear(nn.Module):
         self.out_features = linear.out_features
         self.rounded = Int8Weight.nearest(linear.weight.detach())
         self.bias = linear.bias
+        # A model's dtype is that of its first parameter, and its norms may have none.
+        self.dtype_alone = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,16 +77,66 @@ class RoundedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def round_linears(layers: Iterable[nn.Module]) -> int:
-    """Replace each `nn.Linear` in `layers`; how many weights that were.
+def round_linears(layers: Iterable[nn.Module], *, in_float32: bool = False) -> int:
+    """Round the weight of each `nn.Linear` in `layers`; how many parameters that were.
 
     Subclasses of it may do more and stay as they are.
+
+    :param in_float32: keep an `nn.Linear` with the numbers that the rounded weight stands for,
+        else put a `RoundedLinear` in its place
     """
     num_rounded = 0
-    for layer in layers:
-        for module in list(layer.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and child.weight.numel():
-                    setattr(module, name, RoundedLinear(child))
-                    num_rounded += child.weight.numel()
+    done: dict[nn.Module, nn.Module] = {}
+    for module in (m for layer in layers for m in list(layer.modules())):
+        for name, child in list(module._modules.items()):  # all names of a module, not the first
+            if child is None:
+                continue
+            if child not in done and is_plain_linear(child):
+                num_rounded += child.weight.numel()
+                done[child] = _in_float32(child) if in_float32 else _in_eight_bits(child)
+            if child in done:
+                setattr(module, name, done[child])
     return num_rounded
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """True for an `nn.Linear`, and no subclass of it, that has a weight."""
+    return type(module) is nn.Linear and module.weight.numel() > 0
+
+
+def _in_eight_bits(linear: nn.Linear) -> RoundedLinear:
+    rounded = RoundedLinear(linear)
+    # Its memory is free before the next one's.
+    linear.weight = None  # type: ignore[assignment]
+    return rounded
+
+
+def _in_float32(linear: nn.Linear) -> nn.Linear:
+    # A new tensor: the old one may be part of a mapped file that others keep mapped, and what is
+    # written into it stays in memory with it.
+    numbers = Int8Weight.nearest(linear.weight.detach()).numbers()
+    linear.weight = nn.Parameter(numbers, requires_grad=False)
+    return linear
+
+
+def rounded_params(model_config: Any, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """How many parameters of each layer are rounded; no weight is read.
+
+    :raises UnsupportedModelError: if none is, in any layer
+    """
+    model = model_without_weights(model_config, trust_remote_code=trust_remote_code)
+    layers: Iterable[nn.Module] = getattr(*find_layers(model))
+    found = tuple(
+        sum(linear.weight.numel() for linear in layer.modules() if is_plain_linear(linear))
+        for layer in layers
+    )
+    if not any(found):
+        raise nothing_to_round(type(model).__name__)
+    return found
+
+
+def nothing_to_round(model: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{model} can't be rounded to int8: its layers have no plain nn.Linear; run it with "
+        "quantization none"
+    )

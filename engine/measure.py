@@ -5,23 +5,18 @@ The quickest of several runs counts: what other programs take of the machine isn
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import dataclasses
-import gc
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from engine.attention import AttentionCall, attend_packed, attending
 from engine.attention_choice import backends_for
@@ -31,9 +26,11 @@ from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpee
 from engine.int8_weights import round_linears
 from engine.kv_cache import KVPool, KVShape
 from engine.masks import MaskRule
+from engine.memory import anonymous_bytes, give_back_freed_memory
 from engine.packed_linear import can_pack, pack_linears
 from engine.partition import PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes
+from engine.slicing import model_without_weights
 from engine.stage import Stage
 from engine.stage_loading import load_stage
 from queue_api.errors import UnsupportedModelError
@@ -143,6 +140,7 @@ def speed_of_layers(
     device: str,
     dtype: torch.dtype,
     *,
+    int8: bool = False,
     trust_remote_code: bool = False,
 ) -> DeviceSpeed:
     """A device's speed, with what some of the model's layers take beside products and attention.
@@ -159,7 +157,7 @@ def speed_of_layers(
             model_config,
             spec,
             dtype,
-            int8=costs.int8,
+            int8=int8,
             trust_remote_code=trust_remote_code,
         )
     except UnsupportedModelError:  # it may run uncut all the same
@@ -194,7 +192,7 @@ def _sample_layers(costs: CostModel, device: str) -> StageSpec:
     layers = costs.sizes.layers
     if len(layers) < 3:
         return plan_partition(len(layers), [device]).stages[0]
-    one = max(1, layers[1].num_params * costs.itemsize)
+    one = max(1, costs.layer_bytes(1))
     end = 1 + min(len(layers) - 2, max(1, _BEYOND_CACHES_BYTES // one))
     bounds = (1, end)
     return plan_partition(len(layers), [device] * 3, "custom", bounds).stages[1]
@@ -217,10 +215,8 @@ def measure_stages(
 
     :raises UnsupportedModelError: if the model can't run here
     """
-    with torch.device("meta"):  # What is imported with the model's class isn't a stage's memory.
-        AutoModelForCausalLM.from_config(
-            copy.deepcopy(model_config), trust_remote_code=trust_remote_code
-        )
+    # What is imported with the model's class isn't a stage's memory.
+    model_without_weights(model_config, trust_remote_code=trust_remote_code)
     vocab_size = model_config.get_text_config().vocab_size
     batches = [_batch(step, vocab_size) for step in (DECODE, PREFILL)]
     passed = [batch.token_ids[None] for batch in batches]
@@ -331,18 +327,18 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
 
     On a CPU the process's anonymous memory, looked at every millisecond; mapped files aren't in it.
     """
-    _trim()
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
-    seen = [start := _anonymous_bytes()]
+    seen = [start := anonymous_bytes()]
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(_SAMPLE_S):
-            seen[0] = max(seen[0], _anonymous_bytes())
+            seen[0] = max(seen[0], anonymous_bytes())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -351,20 +347,3 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     finally:
         ended.set()
         watcher.join()
-
-
-def _trim() -> None:
-    """Give free memory back to the system, or what is loaded next would seem to need none."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that no file is behind; 0 where the system doesn't tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    field = status.partition("RssAnon:")[2].split()
-    return int(field[0]) * 1024 if field else 0

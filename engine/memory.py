@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["CACHE_SHARE", "available_bytes", "fitting_slots", "keep_freed_memory"]
+__all__ = [
+    "CACHE_SHARE",
+    "anonymous_bytes",
+    "available_bytes",
+    "fitting_slots",
+    "give_back_freed_memory",
+    "keep_freed_memory",
+]
 
 # Of what is free once the weights are loaded. A CPU's memory belongs to other programs too.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
@@ -54,6 +63,23 @@ def fitting_slots(stages: Iterable[tuple[torch.device, int]]) -> int | None:
         ),
         default=None,
     )
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file is behind; 0 where the system doesn't tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    field = status.partition("RssAnon:")[2].split()
+    return int(field[0]) * 1024 if field else 0
+
+
+def give_back_freed_memory() -> None:
+    """Give free memory back to the system, or what is loaded next would seem to need none."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # Of malloc.h. The first is the largest that glibc takes.

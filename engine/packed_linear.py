@@ -17,10 +17,10 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
-from engine.int8_weights import RoundedLinear
+from engine.int8_weights import RoundedLinear, is_plain_linear
 from engine.packed_product import packed_product
 
-__all__ = ["PackedLinear", "can_pack", "pack_linears"]
+__all__ = ["PackedLinear", "can_pack", "pack_linears", "packs_int8"]
 
 # MKL's layout serves any number of rows, but is made for one, which matters with several threads:
 # on two, one made for 512 gives 159 and 194 GFLOP/s at 64 and 128 rows, one for 16 286 at 512.
@@ -69,7 +69,7 @@ class _Panels:
 class _Mkl:
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
-        self._shape_alone = torch.zeros(1, 1).expand(weight.shape)
+        self._shape_alone = torch.full((1, 1), math.nan).expand(weight.shape)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         plain = self._shape_alone
@@ -90,6 +90,11 @@ class _OneDnn:
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """True where packed weights are known to pay."""
     return device.type == "cpu" and dtype == torch.float32 and _layout() is not None
+
+
+def packs_int8() -> bool:
+    """True if rounded weights are multiplied with as they are."""
+    return packed_product() is not None
 
 
 def _layout() -> Callable[[torch.Tensor], Product] | None:
@@ -113,10 +118,8 @@ def pack_linears(model: nn.Module) -> None:
     assert layout is not None, "ask can_pack before"
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, RoundedLinear) and layout is _Panels:
+            if isinstance(child, RoundedLinear) and packs_int8():
                 product = _Panels(child.rounded.values, child.rounded.scales)
                 setattr(module, name, PackedLinear(child, product))
-            elif isinstance(child, RoundedLinear) or (
-                type(child) is nn.Linear and child.weight.numel()
-            ):
+            elif isinstance(child, RoundedLinear) or is_plain_linear(child):
                 setattr(module, name, PackedLinear(child, layout(child.weight.detach())))

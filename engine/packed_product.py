@@ -63,12 +63,18 @@ class PackedProduct:
         inputs = x.shape[-1]
         shape = -(-outputs // self._panel_width), inputs, self._panel_width
         dtype = torch.float32 if scales is None else torch.int8
-        if x.dtype != torch.float32 or packed.shape != shape or packed.dtype != dtype:
+        if (
+            not outputs
+            or x.dtype != torch.float32
+            or packed.shape != shape
+            or packed.dtype != dtype
+        ):
             parts = f"{tuple(x.shape)} {x.dtype} by {tuple(packed.shape)} {packed.dtype}"
             raise ValueError(f"no product of {parts} to {outputs}")
         for name, vector in (("a bias", bias), ("scales", scales)):
-            if vector is not None and (vector.shape != (outputs,) or not vector.is_contiguous()):
-                raise ValueError(f"{name} of shape {tuple(vector.shape)} for {outputs} outputs")
+            if vector is not None and not _is_plain(vector, outputs):
+                found = f"{name} of shape {tuple(vector.shape)} {vector.dtype}"
+                raise ValueError(f"{found} for {outputs} outputs")
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], outputs)
         self._multiply(
@@ -77,6 +83,10 @@ class PackedProduct:
             *(inputs, outputs, torch.get_num_threads()),
         )
         return out
+
+
+def _is_plain(vector: torch.Tensor, size: int) -> bool:
+    return vector.shape == (size,) and vector.dtype == torch.float32 and vector.is_contiguous()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

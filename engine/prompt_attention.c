@@ -48,7 +48,7 @@ static const float ZEROS[PANEL];
     {                                                                                             \
         struct inputs in = {keys, key_size, 1};                                                   \
         struct weights by = {queries, PANEL, 0, (const char *)queries, 0};                        \
-        multiply_tile(rows, 0, in, by, key_size, ZEROS, to, PANEL);                                  \
+        multiply_tile(rows, 0, in, by, key_size, ZEROS, to, PANEL);                               \
     }
 EACH_TILE(SCORE)
 #define SCORE_NAME(rows) score_##rows,
@@ -61,7 +61,7 @@ static void (*const SCORES[])(const float *, int64_t, const float *, float *) = 
     {                                                                                             \
         struct inputs in = {weights, 1, PANEL};                                                   \
         struct weights by = {values, row, 0, (const char *)values, 0};                            \
-        multiply_tile(rows, 0, in, by, length, ZEROS, to, width);                                    \
+        multiply_tile(rows, 0, in, by, length, ZEROS, to, width);                                 \
     }
 EACH_TILE(SUM)
 #define SUM_NAME(rows) sum_##rows,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import struct
@@ -16,9 +15,6 @@ from queue_api.errors import ModelNotFoundError
 
 __all__ = ["ModelSizes", "Part"]
 
-EXPERTS = ".experts."
-"""In the names of a mixture's experts' weights."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -29,15 +25,12 @@ class Part:
     """Those of matrices that every token is multiplied with, or may be."""
     num_active_params: float = 0.0
     """Those that a token is multiplied with: of a mixture of experts, the chosen ones'."""
-    num_expert_params: int = 0
-    """Of the matrices, those of a mixture's experts."""
 
     def __add__(self, other: Part) -> Part:
         return Part(
             self.num_params + other.num_params,
             self.num_matrix_params + other.num_matrix_params,
             self.num_active_params + other.num_active_params,
-            self.num_expert_params + other.num_expert_params,
         )
 
 
@@ -87,10 +80,7 @@ class ModelSizes:
         for name, shape in shapes.items():
             layer = layer_of(name, lists)
             if layer is not None:
-                part = _part(shape, _active_share(name, config))
-                if EXPERTS in name:
-                    part = dataclasses.replace(part, num_expert_params=part.num_matrix_params)
-                layers[layer] += part
+                layers[layer] += _part(shape, _active_share(name, config))
             elif _is_behind(name):
                 last += _part(shape)
             elif len(shape) == 2 and shape[0] >= config.vocab_size:
@@ -152,7 +142,7 @@ def _is_behind(name: str) -> bool:
 
 def _active_share(name: str, config: Any) -> float:
     """The share of a layer's tensor that one token is multiplied with."""
-    if EXPERTS not in name:
+    if ".experts." not in name:
         return 1.0
     chosen = getattr(config, "num_experts_per_tok", None)
     for field in ("num_local_experts", "num_experts", "n_routed_experts"):

@@ -20,7 +20,14 @@ from engine.checkpoint import Checkpoint, layer_of
 from engine.partition import StageSpec
 from queue_api.errors import BatchmillError, ModelNotFoundError, UnsupportedModelError
 
-__all__ = ["Absent", "find_layers", "load_config", "load_slice", "resolve_dtype"]
+__all__ = [
+    "Absent",
+    "find_layers",
+    "load_config",
+    "load_slice",
+    "model_without_weights",
+    "resolve_dtype",
+]
 
 
 def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -48,6 +55,14 @@ def resolve_dtype(name: str, config: Any, devices: tuple[str, ...]) -> torch.dty
     if stored is None or any(torch.device(device).type == "cpu" for device in devices):
         return torch.float32
     return cast(torch.dtype, stored)
+
+
+def model_without_weights(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The whole model on the `meta` device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
+        )
 
 
 def find_layers(model: Any) -> tuple[nn.Module, str]:
@@ -102,10 +117,7 @@ def _load_slice(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> Any:
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code
-        )
+    skeleton = model_without_weights(config, trust_remote_code=trust_remote_code)
     whole = set(skeleton.state_dict())
     _prune(skeleton, spec)
     held = set(skeleton.state_dict())

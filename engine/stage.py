@@ -44,7 +44,9 @@ class Stage:
         self.device = torch.device(spec.device)
         self.use_cache = use_cache
         self.mode: Mode = "packed"
-        self.attention = backends_for(self.device, model.dtype)[0]
+        self.backends = backends_for(self.device, model.dtype)
+        """Who may attend here, the fastest first, the one that always works last."""
+        self.attention = self.backends[0]
         self.pool: KVPool | None = None
         self.kv_shapes: list[KVShape] = []
         self._graphs: DecodeGraphs | None = None

@@ -12,13 +12,12 @@ import torch
 
 from engine.attention import AttentionCall
 from engine.attention_check import AttentionMismatchError, Heads, check_attention
-from engine.attention_choice import backends_for
 from engine.checkpoint import Checkpoint
 from engine.cut_check import LayerInputs
 from engine.fused_layers import fuse_layers
-from engine.int8_weights import round_linears
+from engine.int8_weights import nothing_to_round, round_linears
 from engine.kv_cache import KVShape
-from engine.packed_linear import can_pack, pack_linears
+from engine.packed_linear import can_pack, pack_linears, packs_int8
 from engine.partition import StageSpec
 from engine.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
 from engine.slicing import Absent, load_slice
@@ -54,7 +53,7 @@ def load_stage(
         model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
         stage = Stage(model, config, spec, use_cache=use_cache)
         if int8:
-            _round_weights(stage)
+            _round_weights(stage, in_float32=not pack)
         try:
             ModeChoice(stage).settle(pack_weights=pack)
         except UnsupportedModelError:
@@ -66,20 +65,23 @@ def load_stage(
     return stage
 
 
-def _round_weights(stage: Stage) -> None:
+def _round_weights(stage: Stage, *, in_float32: bool) -> None:
     """Round the layers' weights to int8, before anything is computed with them.
 
+    :param in_float32: for weights that can't be laid out, as expanding them each time is slow
     :raises UnsupportedModelError: if there are none that can be
     """
     total = sum(weight.numel() for layer in stage.layers for weight in layer.parameters())
-    num_rounded = round_linears(stage.layers)
+    num_rounded = round_linears(stage.layers, in_float32=in_float32)
     if not num_rounded:
-        raise UnsupportedModelError(
-            f"the layers of {type(stage.model).__name__} have no nn.Linear to round to int8"
-        )
-    logger.info(
-        "stage %d on %s: %.0f %% of the layers' weights rounded to int8",
-        *(stage.spec.index, stage.device, 100 * num_rounded / total),
+        raise nothing_to_round(type(stage.model).__name__)
+    share = num_rounded / total
+    saves = packs_int8() and not in_float32
+    logger.log(
+        logging.INFO if saves and share > 0.5 else logging.WARNING,
+        "stage %d on %s: %.0f %% of the layers' weights rounded to int8%s",
+        *(stage.spec.index, stage.device, 100 * share),
+        "" if saves else ", kept in float32: that saves neither memory nor time here",
     )
 
 
@@ -96,7 +98,6 @@ class ModeChoice:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._backends = backends_for(stage.device, stage.dtype)
 
     @torch.inference_mode()
     def settle(self, *, pack_weights: bool) -> None:
@@ -119,7 +120,7 @@ class ModeChoice:
             pack_linears(self._stage.model)
             fuse_layers(self._stage.model)
         reasons: list[str] = []
-        for backend in self._backends:
+        for backend in self._stage.backends:
             self._stage.attention = backend
             failure = self._try_packed(inbound, expected)
             if failure is None:
@@ -129,7 +130,9 @@ class ModeChoice:
                     logger.warning("%s: slower attention, not %s", where, "; ".join(reasons))
                 return
             anyway = isinstance(failure, UnsupportedModelError)  # whoever attends
-            how = "packed" if anyway or backend is self._backends[-1] else f"by {backend.name}"
+            how = (
+                "packed" if anyway or backend is self._stage.backends[-1] else f"by {backend.name}"
+            )
             reasons.append(f"{how}: {_said(failure)}")
             if anyway:
                 break
@@ -268,7 +271,7 @@ class ModeChoice:
         if call.num_calls != num_layers or sorted(call.shapes) != list(range(num_layers)):
             raise UnsupportedModelError(f"{call.num_calls} attention calls in {num_layers} layers")
         self._check_windows(call)
-        if self._stage.attention is not self._backends[-1]:
+        if self._stage.attention is not self._stage.backends[-1]:
             layers = (
                 Heads(call.num_heads[i], call.shapes[i], call.rules[i]) for i in range(num_layers)
             )

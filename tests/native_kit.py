@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ def compiled(name: str, flag: str, cache: Path) -> ctypes.CDLL:
     """The library made of `name`.c with a flag of `OLDER`; skips the test without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if flag:
-            patch.setenv("CC", f"cc {flag}")
+            patch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {flag}")
             patch.setenv("XDG_CACHE_HOME", str(cache))
         library = native_library.__wrapped__(name)
     if library is None:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from engine_models import CONFIGS, LAYERS, TinyModel, mixed_prompts, requests, tiny_model
+import transformers
+from engine_models import (
+    CONFIGS,
+    EOS,
+    LAYERS,
+    VOCAB,
+    TinyModel,
+    make_model,
+    mixed_prompts,
+    requests,
+    tiny_model,
+)
 from torch import nn
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.costs import CostModel
-from engine.int8_weights import Int8Weight
+from engine.int8_weights import Int8Weight, RoundedLinear, round_linears, rounded_params
 from engine.packed_linear import PackedLinear
 from engine.partition import plan_partition
 from engine.sizes import ModelSizes
@@ -21,6 +33,26 @@ from queue_api.errors import ConfigurationError, UnsupportedModelError
 
 ROUNDED = [name for name in CONFIGS if name != "gpt2"]
 PROMPTS = mixed_prompts()
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+OTHERS = {
+    "olmo": lambda: transformers.OlmoConfig(**_COMMON, max_position_embeddings=128),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(
+        **_COMMON, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "bloom": lambda: transformers.BloomConfig(
+        **{**_COMMON, "n_layer": 4, "n_head": 4, "tie_word_embeddings": True}
+    ),
+}
 
 
 def rounded_by_pytorch(weight: torch.Tensor) -> torch.Tensor:
@@ -96,8 +128,34 @@ def test_the_log_and_the_results_say_it(caplog: pytest.LogCaptureFixture) -> Non
     assert engine.model_revision == f"{tiny_model('llama').engine().model_revision}+int8"
 
 
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_unlike_llama_too(name: str, num_stages: int, tmp_path: Path) -> None:
+    """Norms without a parameter; experts; ALiBi, which runs sequence by sequence."""
+    plain = make_model(OTHERS[name](), tmp_path)
+    reference = copy.deepcopy(plain.reference)
+    for module in linears(reference):
+        module.weight.data = rounded_by_pytorch(module.weight.data)
+    model = TinyModel(plain.folder, reference)
+    engine = model.engine(
+        quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_model_len=128
+    )
+    assert {stage.mode for stage in engine.stages} == {"single" if name == "bloom" else "packed"}
+    found = [completion.token_ids for completion in engine.generate(requests(PROMPTS))]
+    assert found == [model.greedy(prompt) for prompt in PROMPTS]
+    engine.close()
+
+
+def test_a_module_of_two_names_is_rounded_under_both() -> None:
+    shared = nn.Linear(8, 4)
+    layer = nn.ModuleDict({"a": shared, "b": shared})
+    assert round_linears([layer]) == 32
+    assert layer["a"] is layer["b"]
+    assert isinstance(layer["a"], RoundedLinear)
+
+
 def test_layers_without_linear_modules_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel have no nn\.Linear"):
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel can't be rounded to int8"):
         tiny_model("gpt2").engine(quantization="int8")
 
 
@@ -105,7 +163,7 @@ def test_layers_without_linear_modules_are_refused() -> None:
     "wrong", [{"devices": ("cpu", "cuda:0")}, {"dtype": "bfloat16"}, {"quantization": "int4"}]
 )
 def test_what_it_is_not_for_is_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigurationError, match=r"quantization 'int\d' is "):
+    with pytest.raises(ConfigurationError, match=r"quantization '?int\d'? is "):
         EngineConfig(**{"model": "m", "quantization": "int8", **wrong})  # type: ignore[arg-type]
 
 
@@ -115,6 +173,12 @@ def test_a_plan_counts_the_bytes(name: str) -> None:
     sizes = ModelSizes.read(Checkpoint.find(str(model.folder)), model.reference.config)
     (whole,) = plan_partition(LAYERS, ["cpu"]).stages
     plain = CostModel.nominal(sizes, 4, ["cpu"])
-    small = CostModel.nominal(sizes, 4, ["cpu"], int8=True)
+    small = CostModel.nominal(sizes, 4, ["cpu"], rounded_params(model.reference.config))
     saved = 3 * sum(module.weight.numel() for module in linears(model.reference))
     assert plain.weight_bytes(whole) - small.weight_bytes(whole) == saved
+
+
+def test_experts_are_counted_as_they_are(tmp_path: Path) -> None:
+    model = make_model(OTHERS["granitemoe"](), tmp_path)
+    rounded = rounded_params(model.reference.config)
+    assert sum(rounded) == sum(module.weight.numel() for module in linears(model.reference))

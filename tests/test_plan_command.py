@@ -49,6 +49,18 @@ def test_a_plan_is_what_the_engine_loads(strategy: Any) -> None:
     engine.close()
 
 
+def test_rounded_weights_are_counted_as_the_bytes_they_take() -> None:
+    plain, rounded = (
+        planned("demo", "--devices", "cpu", "--quantization", kind) for kind in ("none", "int8")
+    )
+    assert (plain["quantization"], rounded["quantization"]) == ("none", "int8")
+    (before,), (after,) = plain["stages"], rounded["stages"]
+    assert before["num_params"] == after["num_params"]
+    layers = before["weight_bytes"] - after["weight_bytes"]
+    assert 0 < layers < 3 / 4 * before["weight_bytes"]
+    assert after["predicted"]["peak_bytes"] <= before["predicted"]["peak_bytes"]
+
+
 def test_measured_times_stand_beside_predicted_ones() -> None:
     report = planned("demo", "--devices", "cpu,cpu", "--measure", "--threads", "1")
     assert report["speeds"] == "measured"

@@ -236,6 +236,14 @@ def test_settings_of_the_workers_are_read_before_anything_starts(batchmill, tmp_
     assert err.count("BATCHMILL_NUM_THREADS is 'many'") == 1
 
 
+def test_settings_that_contradict_each_other_are_told_before_anything_starts(batchmill, tmp_path):
+    write_rows(tmp_path / "in.jsonl", 1)
+    flags = ["--quantization", "int8", "--dtype", "bfloat16"]
+    code, _, err = batchmill("run", "in.jsonl", "-o", "out.jsonl", *flags).end()
+    assert code == 2
+    assert err.count("is for float32 on a CPU") == 1
+
+
 def test_wrong_password_is_told_and_not_shown(batchmill, connection, server, tmp_path):
     write_rows(tmp_path / "in.jsonl", 1)
     connection.acl_setuser("anna", enabled=True, passwords=["+right"], categories=["+@all"])

@@ -106,6 +106,7 @@ def run(
     """
     # Read here as the workers will: what is wrong is said once and before anything starts.
     settings = WorkerSettings.load(**engine)
+    engine_config(settings)
     flags = engine | {
         "model": settings.model,
         "num_threads": settings.num_threads or _threads_each(workers),

@@ -56,7 +56,9 @@ _ENGINE: dict[str, Any] = {
     ],
     "quantization": Annotated[
         str | None,
-        typer.Option(help="int8: round the layers' weights, on a CPU.", show_default=False),
+        typer.Option(
+            help="none, or int8: round the layers' weights, on a CPU.", show_default=False
+        ),
     ],
     "max_num_seqs": Annotated[
         int | None, typer.Option(help="Requests that generate at a time (64).", show_default=False)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.costs import DECODE, PREFILL, CostModel, kind_of, plan_model
+from engine.costs import DECODE, PREFILL, CostModel, kind_of, plan_model, rounded_by
 from engine.engine import check_devices, length_limit
 from engine.measure import device_speed, measure_stages, speed_of_layers
 from engine.memory import CACHE_SHARE, available_bytes
@@ -62,7 +62,7 @@ class PlanReport:
     layer_bounds: list[int]
     """Give these to `--partition custom` to have this very plan."""
     dtype: str
-    quantization: str | None
+    quantization: str
     pipeline: str
     num_threads: int
     """CPU threads of each stage."""
@@ -91,16 +91,24 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     limit = length_limit(config, model_config.get_text_config())
     sizes = ModelSizes.read(checkpoint, model_config)
     is_inline, num_threads = _threads(config)
-    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, int8=config.int8)
+    rounded = rounded_by(config, model_config, trust_remote_code=trust)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, rounded)
     if measure:
         torch.set_num_threads(num_threads)
         speeds = {
-            name: device_speed(name, dtype, sizes, int8=config.int8) for name in set(config.devices)
+            name: device_speed(name, dtype, sizes, int8=bool(rounded))
+            for name in set(config.devices)
         }
         costs = dataclasses.replace(costs, speeds=speeds)
         speeds = {
             name: speed_of_layers(
-                checkpoint, model_config, costs, name, dtype, trust_remote_code=trust
+                checkpoint,
+                model_config,
+                costs,
+                name,
+                dtype,
+                int8=config.int8,
+                trust_remote_code=trust,
             )
             for name in speeds
         }
@@ -238,7 +246,9 @@ def plan_table(report: PlanReport) -> Table:
 
 def _title(report: PlanReport) -> str:
     threads = f"{report.num_threads} thread{'s' * (report.num_threads > 1)}"
-    numbers = report.dtype + (f" with {report.quantization} weights" if report.quantization else "")
+    numbers = report.dtype
+    if report.quantization != "none":
+        numbers += f" with {report.quantization} weights"
     return f"{report.model}, {report.strategy}, {numbers}, {report.pipeline}, {threads}"
 
 
