@@ -230,7 +230,7 @@ def test_a_failure_of_one_text_ends_that_text_alone(monkeypatch, engine: Engine)
 @pytest.mark.parametrize("pipeline", ["inline", "threads"])
 def test_a_failing_stage_is_an_engine_error(monkeypatch, pipeline: str) -> None:
     engine = MODEL.engine(devices=("cpu", "cpu"), pipeline=pipeline)
-    monkeypatch.setattr(engine.stages[1], "_run_packed", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine.stages[1], "run_packed", lambda *_: 1 / 0)
     (request,) = requests([PROMPT])
     engine.add("k", request)
     with pytest.raises(EngineError, match="stage 1 on cpu failed: ZeroDivisionError"):
