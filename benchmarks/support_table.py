@@ -7,6 +7,9 @@ runs in a process of its own with a time limit; results are kept as JSON, so tha
 stopped goes on where it was. At the end the table in docs/support.md is written.
 
     python benchmarks/support_table.py [--only NAME ...] [--again]
+
+With `--quantization int8` the engine's text is compared with that of a model whose layers' weights
+are rounded by PyTorch; its results are kept apart and no table is written.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from engine.batch import ForwardBatch, Segment
-from engine.config import EngineConfig
+from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
+from engine.slicing import find_layers
 from queue_api.errors import ConfigurationError
 from queue_api.schemas import GenerationRequest, SamplingParams
 
@@ -83,12 +87,16 @@ def mixed_prompts() -> list[list[int]]:
 class Reference:
     """transformers' own model and its texts."""
 
-    def __init__(self, folder: Path, prompts: list[list[int]]) -> None:
+    def __init__(self, folder: Path, prompts: list[list[int]], quantization: Quantization) -> None:
+        self.folder, self.prompts, self.quantization = folder, prompts, quantization
         text = (folder / "config.json").read_text()
         # transformers before 5.23 leaves soft-capping out of its default attention.
         kwargs = {"attn_implementation": "eager"} if "attn_logit_softcapping" in text else {}
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
         self.model.eval()
+        if quantization == "int8":
+            for layer in getattr(*find_layers(self.model)):
+                _round(layer)
         self.texts = [self._greedy(prompt) for prompt in prompts]
 
     @torch.inference_mode()
@@ -119,6 +127,14 @@ class Reference:
         return bool((last[one] - last[other]).abs() <= TIE * (last.max() - last.min()))
 
 
+def _round(layer: torch.nn.Module) -> None:
+    linears = {m for m in layer.modules() if type(m) is torch.nn.Linear and m.weight.numel()}
+    for linear in linears:
+        weight = linear.weight.detach()
+        scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
+        linear.weight = torch.nn.Parameter((weight / scales[:, None]).round() * scales[:, None])
+
+
 def engine_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
     """The engine's logits after each of CHUNKS, run through its stages by hand."""
     outputs, past = [], 0
@@ -144,23 +160,23 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-def compare(
-    folder: Path, num_stages: int, reference: Reference, prompts: list[list[int]], result: Result
-) -> str:
+def compare(reference: Reference, num_stages: int, result: Result) -> str:
     """Run one partition; what is wrong with it, or nothing.
 
     :raises ConfigurationError: if the engine refuses the model
     """
     engine = Engine.load(
         EngineConfig(
-            str(folder),
+            str(reference.folder),
             dtype="float32",
+            quantization=reference.quantization,
             devices=("cpu",) * num_stages,
             max_num_seqs=16,
             max_batch_tokens=24,  # below the longest prompts: they are read among decodes
             max_model_len=MAX_LEN,
         )
     )
+    prompts = reference.prompts
     result.modes[str(num_stages)] = "/".join(stage.mode for stage in engine.stages)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
     requests = [
@@ -196,7 +212,7 @@ def compare(
     return f"{num_stages} stages: {', '.join(problems)}" if problems else ""
 
 
-def examine(name: str) -> Result:
+def examine(name: str, quantization: Quantization) -> Result:
     """Build and compare one architecture, in this process."""
     result = Result(name)
     prompts = mixed_prompts()
@@ -204,7 +220,7 @@ def examine(name: str) -> Result:
         folder = Path(scratch) / name
         try:
             save_small_model(name, folder)
-            reference = Reference(folder, prompts)
+            reference = Reference(folder, prompts, quantization)
             logits = reference.logits(max(prompts, key=len))
         except Exception as problem:  # any model code may fail in any way
             result.reason = _brief(problem)
@@ -216,15 +232,14 @@ def examine(name: str) -> Result:
         problems, refusals, errors = [], [], []
         for num_stages in STAGES:
             try:
-                if problem := compare(folder, num_stages, reference, prompts, result):
-                    problems.append(problem)
+                problems.append(compare(reference, num_stages, result))
             except ConfigurationError as refusal:
                 refusals.append(f"{num_stages}: {_brief(refusal, name=False)}")
             except Exception as failure:
                 errors.append(f"{num_stages} stages: {_brief(failure)}")
     modes = {mode for text in result.modes.values() for mode in text.split("/")}
-    if problems:
-        result.status, result.reason = "wrong", "; ".join(problems)
+    if any(problems):
+        result.status, result.reason = "wrong", "; ".join(filter(None, problems))
     elif errors:
         result.status, result.reason = "error", "; ".join(errors)
     elif refusals:
@@ -258,18 +273,20 @@ def _without_repetition(refusals: list[str]) -> str:
 # -------------------------------------------------------------------------------- all of them
 
 
-def _child(name: str, path: Path) -> None:
+def _child(name: str, quantization: Quantization, path: Path) -> None:
     started = time.perf_counter()
-    result = examine(name)
+    result = examine(name, quantization)
     result.seconds = round(time.perf_counter() - started, 1)
     path.write_text(json.dumps(asdict(result)))
 
 
-def examine_apart(name: str, limit_s: float) -> Result:
+def examine_apart(name: str, quantization: Quantization, limit_s: float) -> Result:
     """`examine` in a forked process, which has everything imported and may die or hang."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(name, path))
+        process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(name, quantization, path)
+        )
         process.start()
         process.join(limit_s)
         timed_out = process.is_alive()
@@ -368,9 +385,13 @@ def main() -> None:
     parser.add_argument("--status", nargs="+", help="again, those that had such a result")
     parser.add_argument("--again", action="store_true", help="forget earlier results")
     parser.add_argument("--limit-s", type=float, default=180, help="time for each architecture")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--quantization", choices=["none", "int8"], default="none")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--table", type=Path, default=TABLE)
     args = parser.parse_args()
+    is_plain = args.quantization == "none"
+    if args.results is None:
+        args.results = RESULTS if is_plain else RESULTS.with_stem(f"support-{args.quantization}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -383,9 +404,9 @@ def main() -> None:
     elif not args.only and not args.again:
         todo = [name for name in todo if name not in results]
     if todo:
-        examine("llama")  # Imports all that the children share.
+        examine("llama", args.quantization)  # Imports all that the children share.
     for i, name in enumerate(todo):
-        result = results[name] = examine_apart(name, args.limit_s)
+        result = results[name] = examine_apart(name, args.quantization, args.limit_s)
         write_results(args.results, results)
         modes = result.modes.get(str(STAGES[-1]), "")
         print(
@@ -395,7 +416,8 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-    args.table.write_text(render(results))
+    if is_plain:
+        args.table.write_text(render(results))
     print(json.dumps(Counter(result.status for result in results.values())))
 
 
