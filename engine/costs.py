@@ -158,15 +158,16 @@ class CostModel:
         """Weights that a stage holds."""
         copied = self._copied(stage.device) if stage.is_last else 0
         total = (self.sizes.stage_params(stage) + copied) * self.itemsize
-        return total - (self.itemsize - 1) * self._num_rounded(stage)
+        return total - self._saved_bytes(stage.first_layer, stage.end_layer)
 
     def layer_bytes(self, layer: int) -> int:
         """Weights of one layer."""
-        rounded = self.rounded[layer] if self.rounded else 0
-        return self.sizes.layers[layer].num_params * self.itemsize - (self.itemsize - 1) * rounded
+        total = self.sizes.layers[layer].num_params * self.itemsize
+        return total - self._saved_bytes(layer, layer + 1)
 
-    def _num_rounded(self, stage: StageSpec) -> int:
-        return sum(self.rounded[stage.first_layer : stage.end_layer])
+    def _saved_bytes(self, first_layer: int, end_layer: int) -> int:
+        """What rounding saves of the weights of some layers."""
+        return (self.itemsize - 1) * sum(self.rounded[first_layer:end_layer])
 
     def _copied(self, device: str) -> int:
         """Parameters of a tied embedding that are laid out a second time to be the head."""
@@ -186,13 +187,13 @@ class CostModel:
         """A stage's memory at its peak: while it is loaded, or in the largest of the steps."""
         weights = self.weight_bytes(stage)
         layers = self.sizes.layers[stage.first_layer : stage.end_layer]
-        num_rounded = self._num_rounded(stage)
+        num_rounded = sum(self.rounded[stage.first_layer : stage.end_layer])
         matrices = sum(part.num_matrix_params for part in layers) - num_rounded
         matrices += stage.is_last * self.sizes.last.num_matrix_params
         # Each matrix is there twice until all are laid out anew.
         load = weights + self.packs(stage.device) * (matrices * self.itemsize + num_rounded)
         # Before they are rounded they are there as numbers, but where a file of such is mapped.
-        load = max(load, weights + (self.itemsize - 1) * num_rounded)
+        load = max(load, weights + self._saved_bytes(stage.first_layer, stage.end_layer))
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
         work = max(
             self.working_bytes(step.num_tokens)
@@ -204,8 +205,7 @@ class CostModel:
     def layer_s(self, device: str, step: Step, layer: int) -> float:
         speed = self.speeds[device].at(step)
         part, due = self.sizes.layers[layer], step.num_seqs
-        rounded = self.rounded[layer] if self.rounded else 0
-        num_bytes = part.num_matrix_params * self.itemsize - (self.itemsize - 1) * rounded
+        num_bytes = part.num_matrix_params * self.itemsize - self._saved_bytes(layer, layer + 1)
         if layer == len(self.sizes.layers) - 1 and due < step.num_tokens:
             # The model's last layer: of the tokens that aren't due keys and values alone.
             early = self._before_attention(part)

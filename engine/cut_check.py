@@ -8,7 +8,7 @@ embeddings) would be missing behind a cut, without an error.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ _FROM_POSITIONS = {
 class LayerInputs:
     """Records, while entered, what the layers are given besides hidden states, and put out."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self._handles: list[RemovableHandle] = []
         self._given: list[dict[str, list[torch.Tensor]]] = []

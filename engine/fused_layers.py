@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.module_replacement import replace_modules
 from engine.native_library import native_library
 from engine.packed_linear import PackedLinear
 
@@ -106,10 +107,8 @@ def fuse_layers(model: nn.Module) -> None:
         return
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(0)
+        replace_modules(model, lambda module: _fused_norm(module, fused))
         for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if (norm := _fused_norm(child, fused)) is not None:
-                    setattr(module, name, norm)
             _fuse_gate(module, fused)
             _fuse_rotation(module, fused)
 

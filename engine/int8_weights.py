@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.module_replacement import replace_modules
 from engine.slicing import find_layers, model_without_weights
 from queue_api.errors import UnsupportedModelError
 
@@ -77,8 +78,8 @@ class RoundedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def round_linears(layers: Iterable[nn.Module], *, in_float32: bool = False) -> int:
-    """Round the weight of each `nn.Linear` in `layers`; how many parameters that were.
+def round_linears(root: nn.Module, *, in_float32: bool = False) -> int:
+    """Round the weight of each `nn.Linear` below `root`; how many parameters that were.
 
     Subclasses of it may do more and stay as they are.
 
@@ -86,16 +87,15 @@ def round_linears(layers: Iterable[nn.Module], *, in_float32: bool = False) -> i
         else put a `RoundedLinear` in its place
     """
     num_rounded = 0
-    done: dict[nn.Module, nn.Module] = {}
-    for module in (m for layer in layers for m in list(layer.modules())):
-        for name, child in list(module._modules.items()):  # all names of a module, not the first
-            if child is None:
-                continue
-            if child not in done and is_plain_linear(child):
-                num_rounded += child.weight.numel()
-                done[child] = _in_float32(child) if in_float32 else _in_eight_bits(child)
-            if child in done:
-                setattr(module, name, done[child])
+
+    def rounded(module: nn.Module) -> nn.Module | None:
+        nonlocal num_rounded
+        if not is_plain_linear(module):
+            return None
+        num_rounded += module.weight.numel()
+        return _in_float32(module) if in_float32 else _in_eight_bits(module)
+
+    replace_modules(root, rounded)
     return num_rounded
 
 

@@ -21,7 +21,6 @@ from torch import nn
 from engine.attention import AttentionCall, attend_packed, attending
 from engine.attention_choice import backends_for
 from engine.batch import ForwardBatch, Segment
-from engine.checkpoint import Checkpoint
 from engine.costs import DECODE, PREFILL, CostModel, DeviceSpeed, Step, StepSpeed
 from engine.int8_weights import round_linears
 from engine.kv_cache import KVPool, KVShape
@@ -32,7 +31,6 @@ from engine.partition import PartitionPlan, StageSpec, plan_partition
 from engine.sizes import ModelSizes
 from engine.slicing import model_without_weights
 from engine.stage import Stage
-from engine.stage_loading import load_stage
 from queue_api.errors import UnsupportedModelError
 
 __all__ = ["MeasuredStage", "device_speed", "measure_stages", "speed_of_layers"]
@@ -93,7 +91,7 @@ def _matrices(
     kwargs: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
     matrices = nn.Sequential(*(nn.Linear(*shape, **kwargs) for _ in range(count)))
     if int8:
-        round_linears([matrices])
+        round_linears(matrices)
     if can_pack(device, dtype):
         pack_linears(matrices)
     return list(matrices)
@@ -134,14 +132,11 @@ def _attention_s(device: torch.device, dtype: torch.dtype, sizes: ModelSizes, st
 
 @torch.inference_mode()
 def speed_of_layers(
-    checkpoint: Checkpoint,
+    load: Callable[[StageSpec], Stage],
     model_config: Any,
     costs: CostModel,
     device: str,
     dtype: torch.dtype,
-    *,
-    int8: bool = False,
-    trust_remote_code: bool = False,
 ) -> DeviceSpeed:
     """A device's speed, with what some of the model's layers take beside products and attention.
 
@@ -152,14 +147,7 @@ def speed_of_layers(
     spec = _sample_layers(costs, device)
     vocab_size = costs.sizes.vocab_size
     try:
-        stage = load_stage(
-            checkpoint,
-            model_config,
-            spec,
-            dtype,
-            int8=int8,
-            trust_remote_code=trust_remote_code,
-        )
+        stage = load(spec)
     except UnsupportedModelError:  # it may run uncut all the same
         return costs.speeds[device]
     steps = (DECODE, PREFILL)
@@ -203,12 +191,10 @@ def _sample_layers(costs: CostModel, device: str) -> StageSpec:
 
 @torch.inference_mode()
 def measure_stages(
-    checkpoint: Checkpoint,
+    load: Callable[[StageSpec], Stage],
     model_config: Any,
     plan: PartitionPlan,
-    dtype: torch.dtype,
     *,
-    int8: bool = False,
     trust_remote_code: bool = False,
 ) -> list[MeasuredStage]:
     """Load a plan's stages and run a decode step and a prefill step through each, one by one.
@@ -223,14 +209,7 @@ def measure_stages(
     stages, measured = [], []
     for spec in plan.stages:
         with _peak_memory(torch.device(spec.device)) as peak:
-            stage = load_stage(
-                checkpoint,
-                model_config,
-                spec,
-                dtype,
-                int8=int8,
-                trust_remote_code=trust_remote_code,
-            )
+            stage = load(spec)
             seconds, passed = _run(stage, spec, batches, passed, vocab_size)
         measured.append(MeasuredStage(seconds[0], seconds[1], peak()))
         stages.append(stage)  # The other stages are to be where they will be, too.

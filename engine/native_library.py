@@ -17,12 +17,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["SOURCES", "native_library"]
+__all__ = ["native_library"]
 
 logger = logging.getLogger(__name__)
-
-SOURCES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.c")))
-"""Names of all that there are."""
 
 # No -ffast-math: a library linked with it changes how the whole process treats tiny numbers.
 FLAGS = [

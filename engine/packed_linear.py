@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from engine.int8_weights import RoundedLinear, is_plain_linear
+from engine.module_replacement import replace_modules
 from engine.packed_product import packed_product
 
 __all__ = ["PackedLinear", "can_pack", "pack_linears", "packs_int8"]
@@ -45,12 +46,17 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         # Shape, dtype and device for who asks. Who reads the values gets no number, which the
         # check at load finds; the plain matrix would take its memory a second time.
-        stand_in = torch.full((1, 1), math.nan).expand(linear.out_features, linear.in_features)
-        self.weight = nn.Parameter(stand_in, requires_grad=False)
+        shape_alone = _shape_alone(linear.out_features, linear.in_features)
+        self.weight = nn.Parameter(shape_alone, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., in_features] to [..., out_features]."""
         return self._product(x, self.bias)
+
+
+def _shape_alone(outputs: int, inputs: int) -> torch.Tensor:
+    """[outputs, inputs] that take the memory of one number, which is none."""
+    return torch.full((1, 1), math.nan).expand(outputs, inputs)
 
 
 class _Panels:
@@ -69,7 +75,7 @@ class _Panels:
 class _Mkl:
     def __init__(self, weight: torch.Tensor) -> None:
         self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
-        self._shape_alone = torch.full((1, 1), math.nan).expand(weight.shape)
+        self._shape_alone = _shape_alone(*weight.shape)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         plain = self._shape_alone
@@ -116,10 +122,12 @@ def pack_linears(model: nn.Module) -> None:
     """
     layout = _layout()
     assert layout is not None, "ask can_pack before"
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, RoundedLinear) and packs_int8():
-                product = _Panels(child.rounded.values, child.rounded.scales)
-                setattr(module, name, PackedLinear(child, product))
-            elif isinstance(child, RoundedLinear) or is_plain_linear(child):
-                setattr(module, name, PackedLinear(child, layout(child.weight.detach())))
+
+    def packed(module: nn.Module) -> nn.Module | None:
+        if isinstance(module, RoundedLinear) and packs_int8():
+            return PackedLinear(module, _Panels(module.rounded.values, module.rounded.scales))
+        if isinstance(module, RoundedLinear) or is_plain_linear(module):
+            return PackedLinear(module, layout(module.weight.detach()))
+        return None
+
+    replace_modules(model, packed)

@@ -9,7 +9,7 @@ A stage runs in one of two ways, chosen when it is loaded (stage_loading.py):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -54,7 +54,7 @@ class Stage:
         self._stepwise = False
         self._inbound: torch.Tensor | None = None
         self._outbound: torch.Tensor | None = None
-        self.layers: Sequence[nn.Module] = getattr(*find_layers(model))
+        self.layers: nn.ModuleList = getattr(*find_layers(model))
         self._own_attention = model.config._attn_implementation
         self._takes = forward_parameters(model.base_model)
         self._cache_name = "cache_params" if "cache_params" in self._takes else "past_key_values"

@@ -48,17 +48,18 @@ _ROPE = {
     "initializer_range": 0.3,
 }
 # Gemma scales its embedding up; tied to the head it would only repeat itself.
-_UNTIED = {**_ROPE, "tie_word_embeddings": False}
+SMALL = {**_ROPE, "tie_word_embeddings": False}
+"""What most configs call the sizes and tokens of a small model."""
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**_ROPE, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**_ROPE, sliding_window=9),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_UNTIED, sliding_window=9, query_pre_attn_scalar=8, attn_logit_softcapping=5.0
+        **SMALL, sliding_window=9, query_pre_attn_scalar=8, attn_logit_softcapping=5.0
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **_UNTIED, sliding_window=9, query_pre_attn_scalar=8, sliding_window_pattern=3
+        **SMALL, sliding_window=9, query_pre_attn_scalar=8, sliding_window_pattern=3
     ),
     "gpt2": lambda: transformers.GPT2Config(
         **_COMMON, n_embd=32, n_layer=LAYERS, n_head=4, initializer_range=0.6

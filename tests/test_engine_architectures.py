@@ -11,27 +11,13 @@ from typing import Any
 
 import pytest
 import transformers
-from engine_models import EOS, VOCAB, TinyModel, make_model, mixed_prompts, requests
+from engine_models import EOS, SMALL, VOCAB, TinyModel, make_model, mixed_prompts, requests
 
 from queue_api.errors import UnsupportedModelError
 
 PROMPTS = mixed_prompts(6, 36)
 NEW_TOKENS = 10
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "eos_token_id": EOS,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+_COMMON = {**SMALL, "num_hidden_layers": 4}
 _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,

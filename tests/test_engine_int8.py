@@ -11,9 +11,8 @@ import torch
 import transformers
 from engine_models import (
     CONFIGS,
-    EOS,
     LAYERS,
-    VOCAB,
+    SMALL,
     TinyModel,
     make_model,
     mixed_prompts,
@@ -33,21 +32,11 @@ from queue_api.errors import ConfigurationError, UnsupportedModelError
 
 ROUNDED = [name for name in CONFIGS if name != "gpt2"]
 PROMPTS = mixed_prompts()
-_COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+_COMMON = {**SMALL, "num_hidden_layers": 4}
 OTHERS = {
-    "olmo": lambda: transformers.OlmoConfig(**_COMMON, max_position_embeddings=128),
+    "olmo": lambda: transformers.OlmoConfig(**_COMMON),
     "granitemoe": lambda: transformers.GraniteMoeConfig(
-        **_COMMON, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2
     ),
     "bloom": lambda: transformers.BloomConfig(
         **{**_COMMON, "n_layer": 4, "n_head": 4, "tie_word_embeddings": True}
@@ -66,12 +55,12 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if type(m) is nn.Linear and m is not head]
 
 
-def rounded(name: str) -> TinyModel:
+def rounded(plain: TinyModel) -> TinyModel:
     """The model with the weights of its layers rounded, in transformers."""
-    reference = copy.deepcopy(tiny_model(name).reference)
+    reference = copy.deepcopy(plain.reference)
     for module in linears(reference):
         module.weight.data = rounded_by_pytorch(module.weight.data)
-    return TinyModel(tiny_model(name).folder, reference)
+    return TinyModel(plain.folder, reference)
 
 
 def test_a_weight_is_rounded_as_pytorch_rounds_it() -> None:
@@ -92,7 +81,7 @@ def test_text_is_that_of_the_rounded_model(
 ) -> None:
     if not compiled:
         monkeypatch.setattr("engine.packed_linear.packed_product", lambda: None)
-    model = rounded(name)
+    model = rounded(tiny_model(name))
     engine = model.engine(
         quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_batch_tokens=24
     )
@@ -113,7 +102,7 @@ def test_a_model_that_reads_its_weights_reads_the_rounded_ones(
         gate = torch.nn.functional.linear(x, self.gate_proj.weight)
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))  # type: ignore[no-any-return]
 
-    model = rounded("llama")
+    model = rounded(tiny_model("llama"))
     expected = model.greedy([9, 8, 7])
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     engine = model.engine(quantization="int8")
@@ -132,11 +121,7 @@ def test_the_log_and_the_results_say_it(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_unlike_llama_too(name: str, num_stages: int, tmp_path: Path) -> None:
     """Norms without a parameter; experts; ALiBi, which runs sequence by sequence."""
-    plain = make_model(OTHERS[name](), tmp_path)
-    reference = copy.deepcopy(plain.reference)
-    for module in linears(reference):
-        module.weight.data = rounded_by_pytorch(module.weight.data)
-    model = TinyModel(plain.folder, reference)
+    model = rounded(make_model(OTHERS[name](), tmp_path))
     engine = model.engine(
         quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_model_len=128
     )
@@ -149,7 +134,7 @@ def test_unlike_llama_too(name: str, num_stages: int, tmp_path: Path) -> None:
 def test_a_module_of_two_names_is_rounded_under_both() -> None:
     shared = nn.Linear(8, 4)
     layer = nn.ModuleDict({"a": shared, "b": shared})
-    assert round_linears([layer]) == 32
+    assert round_linears(layer) == 32
     assert layer["a"] is layer["b"]
     assert isinstance(layer["a"], RoundedLinear)
 

@@ -20,6 +20,8 @@ from engine.memory import CACHE_SHARE, available_bytes
 from engine.partition import PartitionPlan, StageSpec
 from engine.sizes import ModelSizes
 from engine.slicing import load_config, resolve_dtype
+from engine.stage import Stage
+from engine.stage_loading import load_stage
 
 __all__ = ["PlanReport", "make_plan", "plan_table"]
 
@@ -93,6 +95,12 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     is_inline, num_threads = _threads(config)
     rounded = rounded_by(config, model_config, trust_remote_code=trust)
     costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, rounded)
+
+    def load(spec: StageSpec) -> Stage:
+        return load_stage(
+            checkpoint, model_config, spec, dtype, int8=config.int8, trust_remote_code=trust
+        )
+
     if measure:
         torch.set_num_threads(num_threads)
         speeds = {
@@ -100,27 +108,14 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
             for name in set(config.devices)
         }
         costs = dataclasses.replace(costs, speeds=speeds)
-        speeds = {
-            name: speed_of_layers(
-                checkpoint,
-                model_config,
-                costs,
-                name,
-                dtype,
-                int8=config.int8,
-                trust_remote_code=trust,
-            )
-            for name in speeds
-        }
+        speeds = {name: speed_of_layers(load, model_config, costs, name, dtype) for name in speeds}
         costs = dataclasses.replace(costs, speeds=speeds)
     plan = plan_model(config, costs, limit)
     slots = _cache_slots(config, plan, costs, limit)
     times = _predicted(plan, costs)
     measured: Sequence[StageTimes | None] = [None] * len(plan.stages)
     if measure:
-        found = measure_stages(
-            checkpoint, model_config, plan, dtype, int8=config.int8, trust_remote_code=trust
-        )
+        found = measure_stages(load, model_config, plan, trust_remote_code=trust)
         bubbles = _bubbles(plan, [stage.decode_s for stage in found])
         measured = [
             StageTimes(stage.decode_s, stage.prefill_s, stage.peak_bytes, bubble)
