@@ -65,9 +65,9 @@ chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that n
 
 sanitize: $(INSTALLED) ## Run the tests of the compiled sources with gcc's address and undefined-behaviour sanitizers
 	@# without a library its tests would be skipped, and all would look well
-	$(SANITIZED) $(BIN)/python -c 'import sys; from engine.native_library import native_library; \
-	  assert all(map(native_library, sys.argv[1:]))' $(basename $(notdir $(wildcard engine/*.c)))
-	$(SANITIZED) $(PYTEST) -p no:cacheprovider tests/test_engine_packed_product.py \
+	$(SANITIZED) $(BIN)/python -c 'import sys; from engine.kernels.native_library import native_library; \
+	  assert all(map(native_library, sys.argv[1:]))' $(basename $(notdir $(wildcard engine/kernels/*.c)))
+	$(SANITIZED) $(PYTEST) -p no:cacheprovider tests/test_engine_panel_product.py \
 	  tests/test_engine_native_attention.py tests/test_engine_fused_layers.py \
 	  tests/test_engine_int8.py tests/test_engine_last_layer.py
 

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.memory import anonymous_bytes, give_back_freed_memory
+from engine.kernels.malloc import give_back_freed_memory
+from engine.planning.memory import anonymous_bytes
 from queue_api.schemas import GenerationRequest, SamplingParams
 
 KINDS = ("none", "int8")

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from engine.batch import ForwardBatch, Segment
 from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
-from engine.slicing import find_layers
+from engine.models.slicing import find_layers
 from queue_api.errors import ConfigurationError
 from queue_api.schemas import GenerationRequest, SamplingParams
 
@@ -145,8 +145,6 @@ def engine_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
             positions=torch.arange(past, past + count),
             slots=torch.arange(3 + past, 3 + past + count),
             logit_rows=torch.tensor([count - 1]),
-            sequences=[],
-            due=[],
         )
         passed = batch.token_ids[None]
         for stage in engine.stages:

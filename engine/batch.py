@@ -1,19 +1,34 @@
-"""ForwardBatch: the packed tokens of one micro-batch, shared by all stages."""
+"""ForwardBatch: the packed tokens of one micro-batch, shared by all stages.
+
+Numbers only: whose they are stays with the scheduler (`scheduling/round.py`), so that a
+micro-batch could cross a process or a host.
+"""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from engine.kv_cache import CacheCopy
-from engine.sequence import Sequence
 from engine.transfer import moved
+from queue_api.errors import EngineError
 
-__all__ = ["ForwardBatch", "Segment"]
+__all__ = ["BatchOutOfMemoryError", "CacheCopy", "ForwardBatch", "Segment"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCopy:
+    """Slots `source ..` to be copied to `destination ..`; the two don't overlap.
+
+    Those of a micro-batch are made in its order: one may write where an earlier one has read.
+    """
+
+    source: int
+    destination: int
+    length: int
+    is_move: bool = False
+    """The source was the sequence's own range, given up for the new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +59,9 @@ class ForwardBatch:
     positions: torch.Tensor  # [T] int64
     slots: torch.Tensor | None  # [T] int64, where K and V go; None: without a cache
     logit_rows: torch.Tensor
-    """[B + N] int64, the packed tokens whose logits are due: those of `due`, then of `scored`."""
-    sequences: list[Sequence]
-    """All sequences in the batch, in the order of `segments`."""
-    due: list[Sequence]
-    """Those that get a new token, in the order of `logit_rows`."""
-    scored: list[tuple[Sequence, range]] = field(default_factory=list)
-    """Those that want logits of their prompt, and the places in it whose logits come."""
+    """[B + N] int64, the packed tokens whose logits are due: next tokens', then prompts'."""
+    num_due: int = 0
+    """B: how many of `logit_rows` are for a next token; the others score prompts."""
     copies: list[CacheCopy] = field(default_factory=list)
     """What each stage copies within its pool before it runs the batch."""
     stage_s: list[float] = field(default_factory=list)
@@ -58,8 +69,9 @@ class ForwardBatch:
     _on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = field(
         default_factory=dict
     )
-    plans: dict[object, object] = field(default_factory=dict)
-    """Attention plans by mask rule and device; filled by the backend, used by all layers."""
+    layouts: dict[object, object] = field(default_factory=dict)
+    """How attention goes over the batch, by mask rule and device; filled by the backend, used by
+    all layers."""
 
     @property
     def num_tokens(self) -> int:
@@ -97,47 +109,12 @@ class ForwardBatch:
             positions=self.positions[tokens],
             slots=self.slots[tokens],
             logit_rows=torch.arange(len(tokens)),
-            sequences=[],
-            due=[],
         )
 
-    @classmethod
-    def pack(cls, work: Iterable[tuple[Sequence, int]], *, use_cache: bool = True) -> ForwardBatch:
-        """Pack the next `count` pending tokens of each sequence.
 
-        Without a cache a sequence's whole text is packed, whatever `count` says.
-        """
-        segments, sequences, due, rows, ids, positions, slots = [], [], [], [], [], [], []
-        scored: list[tuple[Sequence, range]] = []
-        scored_rows: list[int] = []
-        start = 0
-        for sequence, pending in work:
-            past = sequence.num_cached if use_cache else 0
-            count = pending if use_cache else sequence.num_tokens
-            end = past + count
-            segments.append(Segment(start, count, past, sequence.first_slot, sequence.number))
-            sequences.append(sequence)
-            ids.append(sequence.token_ids[past:end])
-            positions.append(np.arange(past, end))
-            slots.append(np.arange(sequence.first_slot + past, sequence.first_slot + end))
-            if sequence.prompt_logprobs is not None:
-                known = len(sequence.prompt_logprobs)
-                places = range(max(past, known), min(end, sequence.num_prompt - 1))
-                if places:
-                    scored.append((sequence, places))
-                    scored_rows += [start + place - past for place in places]
-            start += count
-            if end == sequence.num_tokens:
-                due.append(sequence)
-                rows.append(start - 1)
-        return cls(
-            segments=segments,
-            token_ids=torch.from_numpy(np.concatenate(ids)),
-            positions=torch.from_numpy(np.concatenate(positions)),
-            slots=torch.from_numpy(np.concatenate(slots)) if use_cache else None,
-            logit_rows=torch.tensor(rows + scored_rows, dtype=torch.long),
-            sequences=sequences,
-            due=due,
-            scored=scored,
-            copies=[s.copy for s in sequences if s.copy is not None],
-        )
+class BatchOutOfMemoryError(EngineError):
+    """A stage had no memory for a micro-batch; stages and sequences are as usable as before it."""
+
+    def __init__(self, message: str, batch: ForwardBatch) -> None:
+        super().__init__(message)
+        self.batch = batch

@@ -89,11 +89,6 @@ class EngineConfig:
                 f"({self.max_num_seqs}): every running sequence needs a token's room in a step"
             )
 
-    @property
-    def int8(self) -> bool:
-        """True if the layers' weights are rounded."""
-        return self.quantization == "int8"
-
     def _check_quantization(self) -> None:
         if self.quantization == "none":
             return

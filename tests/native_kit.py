@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.native_library import native_library
+from engine.kernels.native_library import native_library
 
 OLDER = ["", "-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [""]
 """Compiler flags that leave out what newer CPUs have; the first leaves out nothing."""

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from engine_models import LAYERS, mixed_prompts, requests, tiny_model
 
-from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.costs import DECODE, CostModel, plan_model
 from engine.engine import Engine
-from engine.partition import plan_partition
-from engine.sizes import ModelSizes
-from engine.slicing import load_config
+from engine.models.checkpoint import Checkpoint
+from engine.models.slicing import load_config
+from engine.planning.costs import DECODE, CostModel, plan_model
+from engine.planning.partition import plan_partition
+from engine.planning.sizes import ModelSizes
 from queue_api.errors import PartitionError
 
 MODELS = ["llama", "qwen2", "gpt2", "gemma2"]

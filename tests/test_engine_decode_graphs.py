@@ -16,11 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from varlen_reference import install
 
-from engine import decode_graphs
 from engine.batch import ForwardBatch
-from engine.decode_graphs import MAX_ROWS, capture_for, decode_rows, is_decode_only, padded_size
 from engine.engine import Engine
-from engine.sequence import Sequence
+from engine.requests.sequence import Sequence
+from engine.scheduling.round import Round
+from engine.stages import decode_graphs
+from engine.stages.decode_graphs import (
+    MAX_ROWS,
+    capture_for,
+    decode_rows,
+    is_decode_only,
+    padded_size,
+)
 from queue_api.schemas import SamplingParams
 
 PROMPTS = mixed_prompts()
@@ -47,7 +54,7 @@ class Rerun:
 def rerun(monkeypatch: pytest.MonkeyPatch) -> type[Rerun]:
     kind = type("Counted", (Rerun,), {})
     install(monkeypatch)
-    monkeypatch.setattr("engine.stage.capture_for", lambda device: kind)
+    monkeypatch.setattr("engine.stages.stage.capture_for", lambda device: kind)
     return kind
 
 
@@ -63,7 +70,7 @@ def decodes(pasts: list[int], first_slots: list[int]) -> ForwardBatch:
         text = Sequence.create(str(i), i, tokens, [], sampling, seed=0, added_at=0.0, num_stages=1)
         text.num_cached, text.first_slot = past, first
         work.append((text, 1))
-    return ForwardBatch.pack(work)
+    return Round.pack(work).batch
 
 
 @given(st.integers(1, MAX_ROWS))
@@ -95,14 +102,14 @@ def test_prompts_and_their_last_chunks_are_not_decodes() -> None:
     sampling = SamplingParams(max_tokens=1)
     text = Sequence.create("k", 0, [1, 2, 3], [], sampling, seed=0, added_at=0.0, num_stages=1)
     text.first_slot = 0
-    assert not is_decode_only(ForwardBatch.pack([(text, 3)]))
-    assert not is_decode_only(ForwardBatch.pack([(text, 1)]))  # a chunk, no token is due
+    assert not is_decode_only(Round.pack([(text, 3)]).batch)
+    assert not is_decode_only(Round.pack([(text, 1)]).batch)  # a chunk, no token is due
     scoring = SamplingParams(max_tokens=1, prompt_logprobs=0)
     text = Sequence.create("k", 0, [1, 2], [], scoring, seed=0, added_at=0.0, num_stages=1)
     text.first_slot = 0
     text.num_cached = 1
-    batch = ForwardBatch.pack([(text, 1)])
-    assert is_decode_only(batch) == (not batch.scored)
+    scoring_round = Round.pack([(text, 1)])
+    assert is_decode_only(scoring_round.batch) == (not scoring_round.scored)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
@@ -165,7 +172,7 @@ def test_a_graph_that_fails_or_differs_is_left_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     install(monkeypatch)
-    monkeypatch.setattr("engine.stage.capture_for", lambda device: capture)
+    monkeypatch.setattr("engine.stages.stage.capture_for", lambda device: capture)
     model = tiny_model("llama")
     engine = model.engine()
     with caplog.at_level(logging.WARNING, decode_graphs.__name__):

@@ -12,17 +12,17 @@ import pytest
 import torch
 from engine_models import VOCAB, mixed_prompts, tiny_model
 
-from engine.attention_backend import AttentionBackend
-from engine.batch import ForwardBatch
-from engine.decode_graphs import _PaddedDecode
-from engine.kv_cache import CacheCopy
-from engine.logits import LogitsChange, change_logits
-from engine.sampler import choose_tokens
-from engine.sdpa import SdpaBackend
-from engine.sequence import Sequence
-from engine.stage import Stage
+from engine.attention.backend import AttentionBackend
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend, find_kernel
+from engine.batch import CacheCopy
+from engine.requests.sequence import Sequence
+from engine.sampling.logits import LogitsChange, change_logits
+from engine.sampling.sampler import choose_tokens
+from engine.scheduling.round import Round
+from engine.stages.decode_graphs import _PaddedDecode
+from engine.stages.stage import Stage
 from engine.transfer import moved
-from engine.varlen_attention import VarlenBackend, find_kernel
 from queue_api.schemas import SamplingParams
 
 META = torch.device("meta")
@@ -43,7 +43,7 @@ def stage_on_meta(model: str, backend: AttentionBackend) -> Stage:
     """A stage in bfloat16 on the device without numbers."""
     with pytest.MonkeyPatch.context() as patch:
         # A CPU's layout, and its C code.
-        patch.setattr("engine.stage_loading.can_pack", lambda *_: False)
+        patch.setattr("engine.stages.loading.can_lay_out", lambda *_: False)
         (stage,) = tiny_model(model).engine().stages
     stage.model.to(META).to(torch.bfloat16)
     stage.device, stage.attention = META, backend
@@ -71,7 +71,7 @@ def test_a_forward_reads_nothing(model: str, name: str) -> None:
     for num_left in (None, 1, 2):
         work = [(text, text.num_pending) for text in texts(num_left=num_left)]
         work[0][0].copy = CacheCopy(300, 10, 5)
-        batch = ForwardBatch.pack(work)
+        batch = Round.pack(work).batch
         logits = stage.run(batch, batch.token_ids[None])
         assert (logits.device, logits.dtype) == (META, torch.bfloat16)
         assert logits.shape == (len(work), VOCAB)
@@ -83,7 +83,7 @@ def test_a_graph_s_step_reads_nothing(model: str) -> None:
     """So there is nothing in it that can't be captured, but what only CUDA forbids."""
     stage = stage_on_meta(model, backend_of("varlen"))
     graph = _PaddedDecode(stage._run_eagerly, lambda step, device: step, 8, META, scratch_slot=399)
-    batch = ForwardBatch.pack([(text, 1) for text in texts(num_left=1)])
+    batch = Round.pack([(text, 1) for text in texts(num_left=1)]).batch
     assert graph.run(batch).shape == (len(PROMPTS), VOCAB)
 
 
@@ -103,18 +103,18 @@ def test_choosing_tokens_reads_them_alone(sampling: dict) -> None:
         text.change = LogitsChange(text.sampling, (), (2, 3))
     logits = torch.empty(len(rows), VOCAB, device=META, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError) as caught:
-        choose_tokens(logits, rows)
+        choose_tokens(logits, [text.sampling_row() for text in rows])
     ours = [f.line for f in traceback.extract_tb(caught.tb) if "sampler.py" in f.filename]
     assert len(ours) == 1
     assert "ids: list[int] = chosen.tolist()" in str(ours[0])
 
 
-def test_a_form_s_mask_reads_nothing() -> None:
-    class Form:
+def test_a_grammar_s_mask_reads_nothing() -> None:
+    class OnlyTheMask:
         def mask(self, scores: torch.Tensor) -> None:
-            from engine.structured import FormState
+            from engine.sampling.structured import GrammarState
 
-            FormState.mask(self, scores)
+            GrammarState.mask(self, scores)
 
         class matcher:  # noqa: N801
             @staticmethod
@@ -123,10 +123,11 @@ def test_a_form_s_mask_reads_nothing() -> None:
                 return True
 
     (text, *_) = texts()
-    text.form = Form()
+    text.grammar = OnlyTheMask()
+    row = text.sampling_row()
     logits = torch.empty(1, VOCAB, device=META)
-    assert change_logits(logits, [text]).device == META
-    found = change_logits(torch.zeros(1, VOCAB), [text])[0].isfinite().nonzero()[:, 0].tolist()
+    assert change_logits(logits, [row]).device == META
+    found = change_logits(torch.zeros(1, VOCAB), [row])[0].isfinite().nonzero()[:, 0].tolist()
     assert found[:4] == [0, 2, 32, 34]
 
 

@@ -11,8 +11,9 @@ from native_kit import on_threads
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from engine.fused_layers import FusedLayers, FusedRMSNorm, fuse_layers, fused_layers
-from engine.packed_linear import pack_linears
+from engine.kernels.fused_functions import FusedLayers, fused_layers
+from engine.weights.fused_layers import FusedRMSNorm, fuse_layers
+from engine.weights.layout import lay_out_linears
 
 SMALL = {
     "hidden_size": 48,
@@ -111,7 +112,7 @@ def test_models_with_fused_layers_give_their_own_logits(config, num_norms: int):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs = copy.deepcopy(model)
-    pack_linears(model)
+    lay_out_linears(model)
     fuse_layers(model)
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == num_norms
     tokens = torch.arange(20)[None] % 64

@@ -12,16 +12,17 @@ import torch
 import transformers
 from engine_models import TinyModel, make_model, mixed_prompts, requests, tiny_model
 
-from engine.attention_check import Heads, check_attention
+from engine.attention.check import Heads, check_attention
+from engine.attention.kv_pool import KVShape
+from engine.attention.masks import MaskRule
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend, find_kernel
 from engine.batch import ForwardBatch
-from engine.decode_graphs import CapturedGraph
 from engine.engine import Engine
-from engine.kv_cache import KVShape
-from engine.masks import MaskRule
-from engine.memory import available_bytes
-from engine.sdpa import SdpaBackend
-from engine.sequence import Sequence
-from engine.varlen_attention import VarlenBackend, find_kernel
+from engine.planning.memory import available_bytes
+from engine.requests.sequence import Sequence
+from engine.scheduling.round import Round
+from engine.stages.decode_graphs import CapturedGraph
 from queue_api.schemas import SamplingParams
 
 pytestmark = [
@@ -64,7 +65,7 @@ def decodes(num_texts: int, past: int) -> ForwardBatch:
         )
         text.num_cached, text.first_slot = past, i * (past + 1)
         work.append((text, 1))
-    return ForwardBatch.pack(work)
+    return Round.pack(work).batch
 
 
 def row_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -110,7 +111,7 @@ def test_half_precision_runs_on_varlen_and_is_close_to_sdpa(smooth: TinyModel) -
     batch = decodes(5, 0)
     found = stage._run_eagerly(batch)
     stage.attention = SdpaBackend()
-    batch.plans.clear()
+    batch.layouts.clear()
     assert row_error(found, stage._run_eagerly(batch)) < 5e-2
 
 

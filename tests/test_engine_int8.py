@@ -21,13 +21,14 @@ from engine_models import (
 )
 from torch import nn
 
-from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.costs import CostModel
-from engine.int8_weights import Int8Weight, RoundedLinear, round_linears, rounded_params
-from engine.packed_linear import PackedLinear
-from engine.partition import plan_partition
-from engine.sizes import ModelSizes
+from engine.models.checkpoint import Checkpoint
+from engine.planning.costs import CostModel
+from engine.planning.partition import plan_partition
+from engine.planning.sizes import ModelSizes
+from engine.weights.format import weight_format
+from engine.weights.int8 import Int8Weight, RoundedLinear, round_linears
+from engine.weights.layout import LaidOutLinear
 from queue_api.errors import ConfigurationError, UnsupportedModelError
 
 ROUNDED = [name for name in CONFIGS if name != "gpt2"]
@@ -80,7 +81,7 @@ def test_text_is_that_of_the_rounded_model(
     name: str, num_stages: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr("engine.packed_linear.packed_product", lambda: None)
+        monkeypatch.setattr("engine.weights.layout.panel_product", lambda: None)
     model = rounded(tiny_model(name))
     engine = model.engine(
         quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_batch_tokens=24
@@ -106,7 +107,7 @@ def test_a_model_that_reads_its_weights_reads_the_rounded_ones(
     expected = model.greedy([9, 8, 7])
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     engine = model.engine(quantization="int8")
-    assert not any(isinstance(m, PackedLinear) for m in engine.stages[0].model.modules())
+    assert not any(isinstance(m, LaidOutLinear) for m in engine.stages[0].model.modules())
     assert engine.generate(requests([[9, 8, 7]]))[0].token_ids == expected
 
 
@@ -158,12 +159,14 @@ def test_a_plan_counts_the_bytes(name: str) -> None:
     sizes = ModelSizes.read(Checkpoint.find(str(model.folder)), model.reference.config)
     (whole,) = plan_partition(LAYERS, ["cpu"]).stages
     plain = CostModel.nominal(sizes, 4, ["cpu"])
-    small = CostModel.nominal(sizes, 4, ["cpu"], rounded_params(model.reference.config))
+    small = CostModel.nominal(
+        sizes, 4, ["cpu"], weight_format("int8").small_params(model.reference.config)
+    )
     saved = 3 * sum(module.weight.numel() for module in linears(model.reference))
     assert plain.weight_bytes(whole) - small.weight_bytes(whole) == saved
 
 
 def test_experts_are_counted_as_they_are(tmp_path: Path) -> None:
     model = make_model(OTHERS["granitemoe"](), tmp_path)
-    rounded = rounded_params(model.reference.config)
+    rounded = weight_format("int8").small_params(model.reference.config)
     assert sum(rounded) == sum(module.weight.numel() for module in linears(model.reference))

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.kv_cache import CacheCopy, KVPool, KVShape, SlotAllocator
+from engine.attention.kv_pool import KVPool, KVShape
+from engine.batch import CacheCopy
+from engine.scheduling.slots import SlotAllocator
 
 NUM_SLOTS = 40
 

@@ -12,11 +12,11 @@ import torch
 from engine_models import requests, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from engine.attention import AttentionCall, attend_packed, attending
+from engine.attention.hook import AttentionCall, attend_packed, attending
+from engine.attention.kv_pool import KVPool, KVShape
+from engine.attention.masks import MaskRule
+from engine.attention.sdpa import SdpaBackend
 from engine.batch import ForwardBatch, Segment
-from engine.kv_cache import KVPool, KVShape
-from engine.masks import MaskRule
-from engine.sdpa import SdpaBackend
 from queue_api.errors import UnsupportedModelError
 
 PROMPTS = [list(range(5, 45)), [9, 8, 7], list(range(60, 90)), [4]]
@@ -96,7 +96,7 @@ def test_a_layer_that_needs_all_tokens_gets_them(
     expected = [model.greedy(prompt, 6) for prompt in PROMPTS]
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     monkeypatch.setattr(LlamaDecoderLayer, "ones", None, raising=False)
-    with caplog.at_level(logging.INFO, "engine.stage_loading"):
+    with caplog.at_level(logging.INFO, "engine.stages.loading"):
         engine = model.engine()
     assert "the last layer computes all tokens" in caplog.text
     assert engine.stages[0].mode == "packed"
@@ -112,8 +112,6 @@ def test_keys_of_other_tokens_than_the_batch_s_are_refused():
         positions=torch.arange(6),
         slots=torch.arange(6),
         logit_rows=torch.tensor([5]),
-        sequences=[],
-        due=[],
     )
     cpu = torch.device("cpu")
     pool = KVPool([KVShape(2, 8, 8)], 6, device=cpu, dtype=torch.float32)

@@ -13,13 +13,13 @@ from engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint as checkpoint_module
-from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.packed_linear import PackedLinear, can_pack, pack_linears
-from engine.partition import plan_partition
-from engine.slicing import load_config, load_slice
+from engine.models import checkpoint as checkpoint_module
+from engine.models.checkpoint import Checkpoint
+from engine.models.slicing import load_config, load_slice
+from engine.planning.partition import plan_partition
+from engine.weights.layout import LaidOutLinear, can_lay_out, lay_out_linears
 from queue_api.errors import (
     ConfigurationError,
     ModelNotFoundError,
@@ -189,7 +189,7 @@ def test_unknown_architecture_is_refused(copy_of_llama) -> None:
 
 def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
     """Neither way of running may differ from the model's own forward."""
-    from engine.stage_loading import ModeChoice
+    from engine.stages.loading import ModeChoice
 
     def off(*args: object, **kwargs: object) -> torch.Tensor:
         return real(*args, **kwargs) * 1.01
@@ -201,19 +201,19 @@ def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
 
 
 @pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
+    not can_lay_out(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
 )
 @pytest.mark.parametrize("layout", ["panels", "mkl", "onednn"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_linears_compute_what_they_replace(bias: bool, layout: str, monkeypatch) -> None:
+def test_laid_out_linears_compute_what_they_replace(bias: bool, layout: str, monkeypatch) -> None:
     if layout != "panels":
-        monkeypatch.setattr("engine.packed_linear.packed_product", lambda: None)
+        monkeypatch.setattr("engine.weights.layout.panel_product", lambda: None)
     if layout == "onednn":
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8))
     packed = copy.deepcopy(model)
-    pack_linears(packed)
-    assert all(isinstance(module, PackedLinear) for module in packed)
+    lay_out_linears(packed)
+    assert all(isinstance(module, LaidOutLinear) for module in packed)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for num_rows in (0, 1, 13, 511, 512, 513, 1300):  # the layout is made for one number
@@ -221,7 +221,7 @@ def test_packed_linears_compute_what_they_replace(bias: bool, layout: str, monke
             torch.testing.assert_close(packed(rows), model(rows))
 
 
-def test_a_model_that_reads_packed_weights_runs_with_plain_ones(monkeypatch) -> None:
+def test_a_model_that_reads_laid_out_weights_runs_with_plain_ones(monkeypatch) -> None:
     """Its own forward goes around the packed module; the check at load has to see that."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -233,7 +233,7 @@ def test_a_model_that_reads_packed_weights_runs_with_plain_ones(monkeypatch) -> 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     engine = tiny_model("llama").engine()
     modules = list(engine.stages[0].model.modules())
-    assert not any(isinstance(module, PackedLinear) for module in modules)
+    assert not any(isinstance(module, LaidOutLinear) for module in modules)
     assert engine.generate(requests([[9, 8, 7]]))[0].token_ids == expected
 
 

@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from engine.engine import Engine
-from engine.logits import LogitsChange, change_logits
-from engine.sampler import choose_tokens, keep_min_p
-from engine.sequence import Completion, Sequence
-from engine.tokenizer import Tokenizer
+from engine.models.tokenizer import Tokenizer
+from engine.requests.completion import Completion
+from engine.requests.sequence import Sequence
+from engine.sampling.logits import LogitsChange, change_logits
+from engine.sampling.sampler import choose_tokens, keep_min_p
 from queue_api.errors import InvalidRequestError
 from queue_api.schemas import GenerationRequest, SamplingParams
 
@@ -57,7 +58,7 @@ def changed(logits: torch.Tensor, prompt: list[int], new: list[int], **sampling)
     text = Sequence.create(
         "k", 0, prompt, new, params, seed=0, added_at=0.0, num_stages=1, change=change
     )
-    return change_logits(logits[None], [text])[0]
+    return change_logits(logits[None], [text.sampling_row()])[0]
 
 
 def some_logits(seed: int = 0) -> torch.Tensor:
@@ -143,7 +144,9 @@ def test_min_p_comes_before_top_p_as_in_vllm() -> None:
         Sequence.create("k", 0, [1], [], params, seed=seed, added_at=0.0, num_stages=1)
         for seed in range(1500)
     ]
-    drawn = set(choose_tokens(logits.expand(len(texts), -1), texts))
+    drawn = set(
+        choose_tokens(logits.expand(len(texts), -1), [text.sampling_row() for text in texts])
+    )
     assert drawn == set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 

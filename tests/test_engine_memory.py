@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from engine.memory import keep_freed_memory
+from engine.kernels.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,4 +1,4 @@
-"""The compiled attention, against PyTorch's own on the same numbers."""
+"""The native attention, against PyTorch's own on the same numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_kit import OLDER, compiled, on_threads
 
+from engine.attention.masks import MaskRule
+from engine.attention.native import NativeAttention, SegmentTable, native_attention
 from engine.batch import ForwardBatch, Segment
-from engine.masks import MaskRule
-from engine.native_attention import NativeAttention, SpanTable, native_attention
 
 PLAIN = MaskRule()
 
@@ -40,7 +40,7 @@ def batch_of(lengths: list[tuple[int, int]]) -> tuple[ForwardBatch, int]:
         segments.append(Segment(start, count, past, end, number))
         start += count
     numbers = torch.arange(start)
-    return ForwardBatch(segments, numbers, numbers, numbers, numbers[:0], [], []), num_slots
+    return ForwardBatch(segments, numbers, numbers, numbers, numbers[:0]), num_slots
 
 
 def numbers_for(
@@ -90,7 +90,7 @@ def test_equals_pytorch_s(
 ):
     batch, num_slots = batch_of([(0, 70), (30, 1), (41, 40), (0, 1), (97, 2), (0, 13)])
     query, keys, values = numbers_for(batch, num_slots, *shape)
-    found = attention(query, keys, values, SpanTable.of(batch, rule), rule, 0.3)
+    found = attention(query, keys, values, SegmentTable.of(batch, rule), rule, 0.3)
     wanted = expected(query, keys, values, batch, rule, 0.3)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_any_mix_of_lengths_windows_and_chunks(data: st.DataObject):
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     sizes = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
     query, keys, values = numbers_for(batch, num_slots, kv_heads * group, kv_heads, *sizes)
-    found = attention(query, keys, values, SpanTable.of(batch, rule), rule, 0.1)
+    found = attention(query, keys, values, SegmentTable.of(batch, rule), rule, 0.1)
     wanted = expected(query, keys, values, batch, rule, 0.1)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -116,28 +116,28 @@ def test_any_mix_of_lengths_windows_and_chunks(data: st.DataObject):
 def test_scores_far_apart_don_t_overflow(attention: NativeAttention, count: int):
     batch, num_slots = batch_of([(30, count)])
     query, keys, values = numbers_for(batch, num_slots, 2, 1, 8, 8)
-    found = attention(query * 1e3, keys, values, SpanTable.of(batch, PLAIN), PLAIN, 1.0)
+    found = attention(query * 1e3, keys, values, SegmentTable.of(batch, PLAIN), PLAIN, 1.0)
     for i in range(count):
         best = (keys[0, : 31 + i] @ query[:, i].T).argmax(0)
         torch.testing.assert_close(found[i], values[0, best])
 
 
 @pytest.mark.parametrize("segment", [(-1, 1, 3, 0), (0, 2, 3, -1), (0, 0, 3, 0), (0, 1, -1, 0)])
-def test_a_span_before_the_tensors_is_refused(segment: tuple[int, int, int, int]):
+def test_a_segment_before_the_tensors_is_refused(segment: tuple[int, int, int, int]):
     batch, _ = batch_of([(3, 2)])
-    with pytest.raises(ValueError, match="a span outside"):
-        SpanTable.of(replace(batch, segments=[Segment(*segment, 0)]), PLAIN)
+    with pytest.raises(ValueError, match="a segment outside"):
+        SegmentTable.of(replace(batch, segments=[Segment(*segment, 0)]), PLAIN)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_span_beyond_the_tensors_is_refused(attention: NativeAttention, count: int):
+def test_a_segment_beyond_the_tensors_is_refused(attention: NativeAttention, count: int):
     batch, num_slots = batch_of([(3, count), (4, 1)])
     query, keys, values = numbers_for(batch, num_slots, 2, 1, 8, 8)
-    spans = SpanTable.of(batch, PLAIN)
-    with pytest.raises(ValueError, match="spans outside"):
-        attention(query[:, 1:], keys, values, spans, PLAIN, 1.0)
-    with pytest.raises(ValueError, match="spans outside"):
-        attention(query, keys[:, 3:].contiguous(), values[:, 3:].contiguous(), spans, PLAIN, 1.0)
+    segments = SegmentTable.of(batch, PLAIN)
+    with pytest.raises(ValueError, match="segments outside"):
+        attention(query[:, 1:], keys, values, segments, PLAIN, 1.0)
+    with pytest.raises(ValueError, match="segments outside"):
+        attention(query, keys[:, 3:].contiguous(), values[:, 3:].contiguous(), segments, PLAIN, 1.0)
 
 
 def test_other_dtypes_and_gaps_are_left_to_pytorch():

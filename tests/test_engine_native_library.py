@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from engine import native_library
+from engine.kernels import native_library
 
 
 def test_without_a_compiler_the_log_says_so(

@@ -10,7 +10,7 @@ from engine_models import mixed_prompts, requests, tiny_model
 
 from engine.batch import ForwardBatch
 from engine.engine import Engine
-from engine.out_of_memory import BATCHES_BEFORE_GROWTH, BatchBudget
+from engine.scheduling.batch_budget import BATCHES_BEFORE_GROWTH, BatchBudget
 from queue_api.errors import EngineError, RequestOutOfMemoryError
 from queue_api.schemas import FinishReason
 

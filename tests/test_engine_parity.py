@@ -6,9 +6,9 @@ import pytest
 import torch
 from engine_models import CONFIGS, LAYERS, VOCAB, make_model, mixed_prompts, requests, tiny_model
 
-from engine.batch import ForwardBatch
 from engine.engine import Engine
-from engine.sequence import Sequence
+from engine.requests.sequence import Sequence
+from engine.scheduling.round import Round
 from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
 
 ARCHITECTURES = [*CONFIGS, "demo"]
@@ -27,7 +27,7 @@ def logits_in_chunks(engine: Engine, tokens: list[int], chunks: list[int]) -> to
     text.first_slot = 3
     outputs = []
     for count in chunks:
-        batch = ForwardBatch.pack([(text, count)])
+        batch = Round.pack([(text, count)]).batch
         batch.logit_rows = torch.tensor([count - 1])
         passed = batch.token_ids[None]
         for stage in engine.stages:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.partition import plan_partition
+from engine.planning.partition import plan_partition
 from queue_api.errors import PartitionError
 
 

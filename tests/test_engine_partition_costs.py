@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.partition import DeviceCosts, PartitionPlan, plan_partition
+from engine.plan import PartitionPlan
+from engine.planning.partition import DeviceCosts, plan_partition
 from queue_api.errors import PartitionError
 
 NAMES = ["cuda:0", "cuda:1", "cpu"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.batch import ForwardBatch
 from engine.engine import Engine
-from engine.sequence import Completion
+from engine.requests.completion import Completion
 from queue_api.errors import MaxTokensTooLargeError
 from queue_api.schemas import GenerationRequest
 

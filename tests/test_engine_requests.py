@@ -12,7 +12,7 @@ from engine_models import CHAT_TEMPLATE, EOS, VOCAB, requests, tiny_model
 from transformers import AutoTokenizer
 
 from engine.engine import Engine
-from engine.sequence import Completion
+from engine.requests.completion import Completion
 from queue_api.errors import (
     DuplicateRequestError,
     EngineError,

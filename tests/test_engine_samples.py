@@ -6,7 +6,7 @@ import pytest
 from engine_models import mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
-from engine.sequence import Completion
+from engine.requests.completion import Completion
 from queue_api.errors import DuplicateRequestError, InvalidRequestError
 from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
 

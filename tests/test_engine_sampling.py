@@ -10,9 +10,10 @@ import torch
 from engine_models import VOCAB, mixed_prompts, requests, tiny_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.random_draws import uniform
-from engine.sampler import NO_TOKEN, choose_tokens, keep_top_k, keep_top_p
-from engine.sequence import Sequence, seed_from_key
+from engine.requests.sequence import Sequence, seed_from_key
+from engine.sampling.logits import SamplingRow
+from engine.sampling.random_draws import uniform
+from engine.sampling.sampler import NO_TOKEN, choose_tokens, keep_top_k, keep_top_p
 from queue_api.schemas import SamplingParams
 
 PROMPTS = mixed_prompts(24)
@@ -24,16 +25,17 @@ def texts(engine, prompts=PROMPTS, **sampling) -> list[list[int]]:
     return [completion.token_ids for completion in engine.generate(requests(prompts, **sampling))]
 
 
-def sequence(seed: int, position: int = 0, **sampling) -> Sequence:
+def row(seed: int, position: int = 0, **sampling) -> SamplingRow:
     params = SamplingParams(**{"temperature": 1.0, "max_tokens": 4 + position, **sampling})
     generated = [0] * position
-    return Sequence.create("k", 0, [1], generated, params, seed=seed, added_at=0.0, num_stages=1)
+    text = Sequence.create("k", 0, [1], generated, params, seed=seed, added_at=0.0, num_stages=1)
+    return text.sampling_row()
 
 
 def draws(logits: torch.Tensor, **sampling) -> np.ndarray:
     """How often each token is drawn from `logits` [V] with the seeds 0, 1, …"""
     rows = logits.expand(NUM_DRAWS, -1)
-    chosen = choose_tokens(rows, [sequence(seed, **sampling) for seed in range(NUM_DRAWS)])
+    chosen = choose_tokens(rows, [row(seed, **sampling) for seed in range(NUM_DRAWS)])
     return np.bincount(chosen, minlength=len(logits))
 
 
@@ -149,7 +151,7 @@ def test_the_narrowest_sampling_is_greedy(sampling: dict) -> None:
 
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
-    rows = [sequence(1, temperature=0.0), sequence(2), sequence(3, temperature=0.0), sequence(4)]
+    rows = [row(1, temperature=0.0), row(2), row(3, temperature=0.0), row(4)]
     tokens = choose_tokens(logits, rows)
     assert [tokens[0], tokens[2]] == logits[[0, 2]].argmax(-1).tolist()
     assert choose_tokens(logits[[3]], [rows[3]]) == [tokens[3]]
@@ -163,9 +165,9 @@ def test_greedy_and_sampled_rows_share_a_batch() -> None:
 )
 def test_rows_that_are_not_numbers_give_no_token(value: float, sampling: dict) -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
-    others = choose_tokens(logits, [sequence(s, **sampling) for s in range(3)])
+    others = choose_tokens(logits, [row(s, **sampling) for s in range(3)])
     logits[1, 5] = value
-    tokens = choose_tokens(logits, [sequence(s, **sampling) for s in range(3)])
+    tokens = choose_tokens(logits, [row(s, **sampling) for s in range(3)])
     assert tokens == [others[0], NO_TOKEN, others[2]]
     assert NO_TOKEN not in others
 

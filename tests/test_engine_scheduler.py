@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kv_cache import SlotAllocator
-from engine.prefix_cache import PrefixCache
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from engine.requests.sequence import Sequence
+from engine.scheduling.prefix_cache import PrefixCache
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.slots import SlotAllocator
 from queue_api.schemas import SamplingParams
 
 SLOTS = 48

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import ForwardBatch
-from engine.kv_cache import SlotAllocator
-from engine.prefix_cache import PrefixCache
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.slot_ranges import SlotRanges
+from engine.requests.sequence import Sequence
+from engine.scheduling.prefix_cache import PrefixCache
+from engine.scheduling.round import Round
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.slot_ranges import SlotRanges
+from engine.scheduling.slots import SlotAllocator
 from queue_api.schemas import SamplingParams
 
 SLOTS = 240
@@ -33,7 +33,7 @@ def text(number: int, prompt: list[int], new: int) -> Sequence:
 
 @dataclass
 class Flight:
-    batch: ForwardBatch
+    round: Round
     fails: bool
 
 
@@ -79,7 +79,7 @@ class World:
             ), "what is in flight is never moved"
             if not work:
                 break
-            self.submit(ForwardBatch.pack(work))
+            self.submit(Round.pack(work))
         if self.in_flight:
             self.collect(self.in_flight.popleft())
 
@@ -104,8 +104,9 @@ class World:
             assert taken.isdisjoint(own), "no two texts have a slot in common"
             taken.update(own)
 
-    def submit(self, batch: ForwardBatch) -> None:
+    def submit(self, packed: Round) -> None:
         """Do with the memory what a stage does, or half of it if the batch fails."""
+        batch = packed.batch
         fails = self.failures.popleft() if self.failures else False
         if self.fails_to_move and any(copy.is_move for copy in batch.copies):
             fails, self.fails_to_move = True, False
@@ -117,7 +118,7 @@ class World:
             assert not set(source) & set(destination)
             for a, b in zip(source, destination, strict=True):
                 self.memory[b] = None if fails else self.memory[a]
-        for segment, sequence in zip(batch.segments, batch.sequences, strict=True):
+        for segment, sequence in zip(batch.segments, packed.sequences, strict=True):
             tokens = tuple(sequence.token_ids[: sequence.num_tokens].tolist())
             assert segment.past + segment.count <= sequence.num_slots
             for place in range(segment.past + segment.count):
@@ -126,10 +127,11 @@ class World:
                     self.memory[slot] = None if fails else tokens[: place + 1]
                 elif not fails:
                     assert self.memory[slot] == tokens[: place + 1], "it reads what it wrote"
-        self.in_flight.append(Flight(batch, fails))
+        self.in_flight.append(Flight(packed, fails))
 
     def collect(self, flight: Flight) -> None:
-        for segment, sequence in zip(flight.batch.segments, flight.batch.sequences, strict=True):
+        segments = flight.round.batch.segments
+        for segment, sequence in zip(segments, flight.round.sequences, strict=True):
             if flight.fails:
                 self.scheduler.take_back(sequence)
             else:

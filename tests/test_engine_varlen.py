@@ -16,15 +16,15 @@ import transformers
 from engine_models import CONFIGS, make_model, mixed_prompts, requests, tiny_model
 from varlen_reference import install, reference_varlen_attn
 
-from engine.attention_backend import AttentionTask
-from engine.attention_check import AttentionMismatchError, Heads, check_attention
-from engine.attention_choice import backends_for
-from engine.batch import ForwardBatch
+from engine.attention.backend import AttentionTask
+from engine.attention.check import AttentionMismatchError, Heads, check_attention
+from engine.attention.choice import backends_for
+from engine.attention.kv_pool import KVPool, KVShape
+from engine.attention.masks import MaskRule
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import NEEDED, VarlenBackend, find_kernel
+from engine.batch import CacheCopy, ForwardBatch
 from engine.engine import Engine
-from engine.kv_cache import CacheCopy, KVPool, KVShape
-from engine.masks import MaskRule
-from engine.sdpa import SdpaBackend
-from engine.varlen_attention import NEEDED, VarlenBackend, find_kernel
 
 CPU = torch.device("cpu")
 PROMPTS = mixed_prompts()
@@ -156,7 +156,7 @@ def test_a_backend_that_fails_is_left_for_sdpa_with_a_warning(
     change, reason = FAULTS[fault]
     install(monkeypatch, Broken(change))
     model = tiny_model("llama")
-    with caplog.at_level(logging.WARNING, "engine.stage_loading"):
+    with caplog.at_level(logging.WARNING, "engine.stages.loading"):
         engine = model.engine(devices=("cpu",) * num_stages)
     assert len(caplog.messages) == num_stages  # one per stage
     assert all("broken" in message and reason in message for message in caplog.messages)
@@ -171,8 +171,8 @@ def test_a_fault_in_the_model_s_output_alone_is_found(
 ) -> None:
     """The check of attention passes, the probe of the stage doesn't."""
     install(monkeypatch, Broken(lambda out, _: out * 1.1))
-    monkeypatch.setattr("engine.stage_loading.check_attention", lambda *_: None)
-    with caplog.at_level(logging.WARNING, "engine.stage_loading"):
+    monkeypatch.setattr("engine.stages.loading.check_attention", lambda *_: None)
+    with caplog.at_level(logging.WARNING, "engine.stages.loading"):
         engine = tiny_model("llama").engine()
     assert "broken: output is off by" in caplog.text
     assert engine.stages[0].attention.name == "SDPA per sequence"
@@ -204,15 +204,15 @@ def test_the_choice_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None
     def names(device: str, dtype: torch.dtype) -> list[str]:
         return [backend.name for backend in backends_for(torch.device(device), dtype)]
 
-    monkeypatch.setattr("engine.attention_choice.native_attention", object)
-    monkeypatch.setattr("engine.attention_choice.find_kernel", lambda: reference_varlen_attn)
+    monkeypatch.setattr("engine.attention.choice.native_attention", object)
+    monkeypatch.setattr("engine.attention.choice.find_kernel", lambda: reference_varlen_attn)
     sdpa = "SDPA per sequence"
-    assert names("cpu", torch.float32) == ["compiled attention", sdpa]
+    assert names("cpu", torch.float32) == ["native attention", sdpa]
     assert names("cpu", torch.bfloat16) == [sdpa]
     assert names("cuda", torch.bfloat16) == names("cuda:1", torch.float16) == ["varlen_attn", sdpa]
     assert names("cuda", torch.float32) == [sdpa]
-    monkeypatch.setattr("engine.attention_choice.find_kernel", lambda: None)
-    monkeypatch.setattr("engine.attention_choice.native_attention", lambda: None)
+    monkeypatch.setattr("engine.attention.choice.find_kernel", lambda: None)
+    monkeypatch.setattr("engine.attention.choice.native_attention", lambda: None)
     assert names("cuda", torch.bfloat16) == names("cpu", torch.float32) == [sdpa]
 
 
@@ -259,7 +259,7 @@ def test_the_stand_in_reads_pages_and_ranges_alike() -> None:
 
 def test_what_depends_on_sequences_can_t_be_captured() -> None:
     nothing = torch.empty(0, dtype=torch.int64)
-    batch = ForwardBatch([], nothing, nothing, nothing, nothing, [], [])
+    batch = ForwardBatch([], nothing, nothing, nothing, nothing)
     tensor = torch.zeros(2, 1, 8)
     with pytest.raises(Exception, match="CUDA graph can't replay"):
         SdpaBackend().attend(tensor, tensor, tensor, AttentionTask(batch, MaskRule(), 1.0))

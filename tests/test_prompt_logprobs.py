@@ -11,7 +11,7 @@ import transformers
 from engine_models import EOS, VOCAB, make_model, mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
-from engine.sequence import Completion
+from engine.requests.completion import Completion
 
 PROMPTS = mixed_prompts(6)
 

@@ -12,7 +12,7 @@ import pytest
 from engine_models import requests, tiny_model
 
 from engine.engine import Engine
-from engine.sequence import Completion
+from engine.requests.completion import Completion
 from queue_api.errors import InvalidRequestError, UnsupportedRequestError
 from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams, StructuredOutputs
 from queue_api.structured_outputs import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
@@ -159,7 +159,7 @@ def test_a_wrong_form_fails_its_request_alone(
 def test_a_form_that_takes_too_long_doesnt_hold_up_others() -> None:
     pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
     engine = MODEL.engine()
-    engine._forms.compile_limit_s = 0.0
+    engine._grammars.compile_limit_s = 0.0
     names = {f"name{i}": {"type": "string"} for i in range(300)}
     slow = {"json": {"type": "object", "properties": names}}
     (request,) = requests(PROMPTS[:1], structured_outputs=slow)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import stage
-from engine.attention_backend import AttentionBackend
-from engine.sdpa import SdpaBackend
-from engine.varlen_attention import VarlenBackend
+from engine.attention.backend import AttentionBackend
+from engine.attention.sdpa import SdpaBackend
+from engine.attention.varlen import VarlenBackend
+from engine.stages import stage
 
 
 def reference_varlen_attn(

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from engine.checkpoint import Checkpoint
 from engine.config import EngineConfig
-from engine.costs import DECODE, PREFILL, CostModel, kind_of, plan_model, rounded_by
-from engine.engine import check_devices, length_limit
-from engine.measure import device_speed, measure_stages, speed_of_layers
-from engine.memory import CACHE_SHARE, available_bytes
-from engine.partition import PartitionPlan, StageSpec
-from engine.sizes import ModelSizes
-from engine.slicing import load_config, resolve_dtype
-from engine.stage import Stage
-from engine.stage_loading import load_stage
+from engine.loading import check_devices, length_limit
+from engine.models.checkpoint import Checkpoint
+from engine.models.slicing import load_config, resolve_dtype
+from engine.plan import PartitionPlan, StageSpec
+from engine.planning.costs import DECODE, PREFILL, CostModel, kind_of, plan_model
+from engine.planning.measure import device_speed, measure_stages, speed_of_layers
+from engine.planning.memory import CACHE_SHARE, available_bytes
+from engine.planning.sizes import ModelSizes
+from engine.stages.loading import load_stage
+from engine.stages.stage import Stage
+from engine.weights.format import weight_format
 
 __all__ = ["PlanReport", "make_plan", "plan_table"]
 
@@ -93,19 +94,19 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
     limit = length_limit(config, model_config.get_text_config())
     sizes = ModelSizes.read(checkpoint, model_config)
     is_inline, num_threads = _threads(config)
-    rounded = rounded_by(config, model_config, trust_remote_code=trust)
-    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, rounded)
+    weights = weight_format(config.quantization)
+    small = weights.small_params(model_config, trust_remote_code=trust)
+    costs = CostModel.nominal(sizes, dtype.itemsize, config.devices, small)
 
     def load(spec: StageSpec) -> Stage:
         return load_stage(
-            checkpoint, model_config, spec, dtype, int8=config.int8, trust_remote_code=trust
+            checkpoint, model_config, spec, dtype, weights=weights, trust_remote_code=trust
         )
 
     if measure:
         torch.set_num_threads(num_threads)
         speeds = {
-            name: device_speed(name, dtype, sizes, int8=bool(rounded))
-            for name in set(config.devices)
+            name: device_speed(name, dtype, sizes, weights=weights) for name in set(config.devices)
         }
         costs = dataclasses.replace(costs, speeds=speeds)
         speeds = {name: speed_of_layers(load, model_config, costs, name, dtype) for name in speeds}

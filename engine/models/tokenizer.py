@@ -1,0 +1,180 @@
+"""Text to tokens and back, and where a text ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from engine.models.checkpoint import Checkpoint
+from queue_api.errors import InvalidRequestError, UnsupportedModelError, UnsupportedRequestError
+from queue_api.schemas import GenerationRequest
+
+__all__ = ["Tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, chat template and end-of-text tokens."""
+
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        """The generation config's, else the config's, else the tokenizer's own."""
+        self.vocab_size = vocab_size
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool = False
+    ) -> Tokenizer:
+        """Read the tokenizer's files.
+
+        :raises UnsupportedModelError: if they can't be read
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (ValueError, KeyError, OSError, ImportError) as error:
+            raise UnsupportedModelError(f"{checkpoint.name}: tokenizer: {error}") from error
+        text_config = config.get_text_config()
+        eos = None
+        if (checkpoint.folder / "generation_config.json").exists():
+            eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
+        for source in (text_config, tokenizer):
+            eos = eos if eos is not None else getattr(source, "eos_token_id", None)
+        if eos is None:
+            logger.warning(
+                "%s names no end-of-text token: texts end at max_tokens", checkpoint.name
+            )
+        ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        return cls(tokenizer, frozenset(ids), text_config.vocab_size)
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The prompt's token ids.
+
+        Text gets the special tokens that the tokenizer adds (such as a BOS). A chat template
+        writes its own, so templated text gets none besides.
+
+        :raises InvalidRequestError: for what can't be tokenized, token ids out of the vocabulary,
+            or messages that the model has no template for or whose template refuses them
+        """
+        if isinstance(request.prompt, list):
+            tokens = request.prompt
+        elif request.messages is not None:
+            tokens = self._tokens(self._render(request), add_special_tokens=False)
+        else:
+            tokens = self._tokens(request.prompt or "", add_special_tokens=True)
+        if not tokens:
+            raise InvalidRequestError("the prompt has no tokens")
+        self.check_vocabulary(tokens, "'prompt'")
+        return tokens
+
+    def check_vocabulary(self, token_ids: Sequence[int], where: str) -> None:
+        """See that the model knows these tokens.
+
+        :param where: what they are, for the message
+        :raises InvalidRequestError: naming the first that it doesn't know
+        """
+        if not token_ids or 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            return
+        bad = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+        raise InvalidRequestError(
+            f"token id {bad} in {where} is outside the vocabulary (0 to {self.vocab_size - 1})"
+        )
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # such as half of a surrogate pair
+            raise InvalidRequestError(f"{text!r:.40} can't be tokenized: {error}") from error
+        return ids
+
+    def _render(self, request: GenerationRequest) -> str:
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                "the model has no chat template; give 'prompt' instead of 'messages'"
+            )
+        messages = [message.model_dump() for message in request.messages or ()]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of the model's author
+            raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
+        return text
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def text_of(self, token_id: int) -> str:
+        """The text of one token alone, special ones included."""
+        text: str = self._tokenizer.decode([token_id])
+        return text
+
+    def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word, at the beginning of a text and, as vLLM does, behind a space.
+
+        The second only where the space becomes part of the word's first token.
+
+        :raises InvalidRequestError: for a word that can't be tokenized
+        """
+        encoded = []
+        for word in words:
+            bare = word.lstrip() or word
+            plain = self._tokens(bare, add_special_tokens=False)
+            spaced = self._tokens(" " + bare, add_special_tokens=False)
+            if not plain:
+                raise InvalidRequestError(f"{word!r:.60} in 'bad_words' has no tokens")
+            encoded.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                encoded.append(spaced)
+        return encoded
+
+    def for_grammars(self) -> Any:
+        """The vocabulary as xgrammar has it: `xgrammar.TokenizerInfo`.
+
+        :raises UnsupportedRequestError: if xgrammar can't read this kind of tokenizer
+        """
+        from xgrammar import TokenizerInfo
+
+        try:
+            return TokenizerInfo.from_huggingface(
+                self._tokenizer,
+                vocab_size=self.vocab_size,
+                stop_token_ids=sorted(t for t in self.eos_token_ids if t < self.vocab_size),
+            )
+        except Exception as error:
+            raise UnsupportedRequestError(
+                f"'structured_outputs': xgrammar can't use this model's tokenizer: {error}"
+            ) from error
+
+    def find_stop(
+        self, token_ids: Sequence[int], stop: Sequence[str], after: int = 0
+    ) -> tuple[int, int] | None:
+        """Where in the text of `token_ids` the first of the stop strings begins and ends.
+
+        Those that end within the text of the first `after` tokens don't count.
+
+        Made to be called after every token: as long as the tail of the text has no stop string,
+        only the tail is decoded.
+        """
+        if not stop or not token_ids:
+            return None
+        # A character takes at most four tokens (its bytes); special tokens have no text.
+        window = 4 * max(map(len, stop)) + 8
+        tail = [t for t in token_ids[-2 * window :] if t not in self._special_ids][-window:]
+        tail_text = self.decode(tail)
+        if not any(string in tail_text for string in stop):
+            return None
+        text = self.decode(token_ids)
+        taboo = len(self.decode(token_ids[:after])) if after else 0
+        begins = ((text.find(s, max(0, taboo - len(s) + 1)), len(s)) for s in stop)
+        places = [(begin, begin + length) for begin, length in begins if begin >= 0]
+        return min(places, default=None)

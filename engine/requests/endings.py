@@ -1,0 +1,97 @@
+"""How texts end: which token or words end one, and what the client gets then."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from engine.models.tokenizer import Tokenizer
+from engine.requests.completion import Completion
+from engine.requests.sequence import Sequence
+from engine.sampling.logprobs import described
+from queue_api.schemas import FinishReason, TokenLogprobs
+
+__all__ = ["Ending", "complete", "ending_of", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a text ends."""
+
+    reason: FinishReason
+    stop_place: int | None = None
+    """Where in the new text a stop string makes the cut; None: all of it stays."""
+
+
+def ending_of(sequence: Sequence, tokenizer: Tokenizer) -> Ending | None:
+    """Why the text ends with its last token; None if it goes on."""
+    sampling = sequence.sampling
+    last = int(sequence.token_ids[sequence.num_tokens - 1])
+    if last in sampling.stop_token_ids:
+        return Ending(FinishReason.STOP)
+    if not sampling.ignore_eos and last in tokenizer.eos_token_ids:
+        return Ending(FinishReason.STOP)
+    if sequence.grammar is not None and sequence.grammar.is_over:
+        return Ending(FinishReason.STOP)
+    if sampling.stop and sequence.num_generated > sampling.min_tokens:
+        place = tokenizer.find_stop(sequence.generated(), sampling.stop, sampling.min_tokens)
+        if place is not None:
+            begin, end = place
+            cut = end if sampling.include_stop_str_in_output else begin
+            return Ending(FinishReason.STOP, cut)
+    if sequence.num_tokens == sequence.capacity:
+        return Ending(FinishReason.LENGTH)
+    return None
+
+
+def complete(sequence: Sequence, ending: Ending, tokenizer: Tokenizer) -> Completion:
+    """What the client gets of a text that ended by itself; an error if it can't be decoded."""
+    try:
+        words = tokenizer.decode(sequence.generated())[: ending.stop_place]
+        return _completion(sequence, ending.reason, tokenizer, words)
+    except Exception as problem:  # of this text alone
+        return _completion(sequence, FinishReason.ERROR, tokenizer, "", problem)
+
+
+def fail(sequence: Sequence, error: BaseException, tokenizer: Tokenizer) -> Completion:
+    """What the client gets of a text that can't go on: as far as it came, and what was wrong."""
+    try:
+        words = tokenizer.decode(sequence.generated())
+    except Exception:
+        words = ""
+    return _completion(sequence, FinishReason.ERROR, tokenizer, words, error)
+
+
+def _completion(
+    sequence: Sequence,
+    reason: FinishReason,
+    tokenizer: Tokenizer,
+    words: str,
+    error: BaseException | None = None,
+) -> Completion:
+    tokens, grammar, logprobs = sequence.generated(), sequence.grammar, sequence.logprobs
+    return Completion(
+        key=sequence.key,
+        text=words,
+        token_ids=tokens,
+        finish_reason=reason,
+        prompt_tokens=sequence.num_prompt,
+        completion_tokens=len(tokens),
+        error=error,
+        logprobs=None if logprobs is None else described(logprobs, tokenizer),
+        prompt_logprobs=_described_prompt(sequence, tokenizer),
+        structured_output=grammar.status(words) if grammar and error is None else None,
+        added_at=sequence.added_at,
+        admitted_at=sequence.admitted_at,
+        first_token_at=sequence.first_token_at,
+        finished_at=time.perf_counter(),
+        stage_s=sequence.stage_s,
+    )
+
+
+def _described_prompt(
+    sequence: Sequence, tokenizer: Tokenizer
+) -> list[TokenLogprobs | None] | None:
+    if sequence.prompt_logprobs is None:
+        return None
+    return [None, *described(sequence.prompt_logprobs, tokenizer)]

@@ -1,0 +1,206 @@
+"""Which tokens' K and V the pool holds, so that a text with the same beginning copies them.
+
+The mechanism is vLLM's automatic prefix caching (https://docs.vllm.ai/en/latest/design/prefix_caching):
+tokens in blocks of `BLOCK`, each block known by a hash chained over all tokens before it. Here a
+text has one contiguous range of slots, so a block isn't shared but copied: bytes, no FLOPs.
+
+Why a copy never reads what another text has overwritten: a source is looked up when the batch
+that copies is made, and is then held by a running text or retained. Should its slots get another
+owner right afterwards, that one writes behind the copy, for each stage makes a batch's copies in
+order before it runs the batch, and runs batches in order. Only tokens whose batch has come back
+are known here, so one that failed leaves nothing behind: a text that moves is no source meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.batch import CacheCopy
+from engine.requests.sequence import Sequence
+from engine.scheduling.slots import SlotAllocator
+
+__all__ = ["BLOCK", "PrefixCache"]
+
+BLOCK = 16
+"""Tokens; a shared beginning shorter than this isn't found."""
+
+
+@dataclass(eq=False, slots=True)
+class _Range:
+    """Slots of one text, running or ended. A text that was preempted may have several."""
+
+    number: int
+    """Of the range, not of the text."""
+    first_slot: int
+    token_ids: npt.NDArray[np.int64]
+    num_written: int = 0
+    """Tokens from the start whose K and V are in every stage's pool."""
+    hashes: list[bytes] = field(default_factory=list)
+    """One per full block, as far as they were needed."""
+    num_known: int = 0
+    """Blocks from the start that the index leads to."""
+
+    def hash_blocks(self, num_tokens: int) -> list[bytes]:
+        """The hashes of all full blocks in the first `num_tokens`."""
+        num_blocks = num_tokens // BLOCK
+        for i in range(len(self.hashes), num_blocks):
+            block = self.token_ids[i * BLOCK : (i + 1) * BLOCK].tobytes()
+            before = self.hashes[-1] if self.hashes else b""
+            # Of a length at which nobody makes two texts that share one.
+            self.hashes.append(hashlib.blake2b(before + block, digest_size=32).digest())
+        return self.hashes[:num_blocks]
+
+
+class PrefixCache:
+    """Slots of running texts, and of ended ones for as long as nobody else needs them.
+
+    A text that was preempted counts as ended.
+
+    Invariants: the index leads to block `i` of a range exactly for `i < num_known`, and
+    `num_known * BLOCK <= num_written`; a claimed block is one that its owner, which runs, is going
+    to compute; every range in the allocator is a running text's or retained.
+    """
+
+    def __init__(self, allocator: SlotAllocator) -> None:
+        self._allocator = allocator
+        self._num_ranges = 0
+        self._running: dict[int, _Range] = {}
+        """By the number of the text."""
+        # The one that was of use longest ago in front.
+        self._retained: OrderedDict[int, _Range] = OrderedDict()
+        self._holders: dict[bytes, dict[int, _Range]] = {}
+        """By a block's hash, then by the number of the range."""
+        self._claims: dict[bytes, int] = {}
+        """By a block's hash: the number of the range whose text is about to compute it."""
+
+    @property
+    def num_retained(self) -> int:
+        """Slots of ended texts."""
+        return sum(ended.num_written for ended in self._retained.values())
+
+    def hold(self, sequence: Sequence) -> None:
+        """Take note of the range that a text has got."""
+        self._num_ranges += 1
+        self._running[sequence.number] = _Range(
+            self._num_ranges, sequence.first_slot, sequence.token_ids
+        )
+
+    def moved(self, sequence: Sequence) -> None:
+        """Note that a text gets another range, which its next batch fills.
+
+        Until that is back others wait for its blocks, as they do for those not computed yet.
+        """
+        own = self._running[sequence.number]
+        self._forget(own)
+        own.first_slot, own.num_written, own.num_known = sequence.first_slot, 0, 0
+        for block in own.hashes:
+            if block not in self._holders:
+                self._claims.setdefault(block, own.number)
+
+    def free(self, sequence: Sequence) -> None:
+        """Take a range back; it is retained if it holds what no other does."""
+        freed = self._running.pop(sequence.number)
+        for block in freed.hashes:
+            if self._claims.get(block) == freed.number:
+                del self._claims[block]
+        known = freed.hashes[: freed.num_known]
+        if all(len(self._holders[block]) > 1 for block in known):
+            self._drop(freed)
+            return
+        self._allocator.shrink(freed.first_slot, freed.num_written)
+        self._retained[freed.number] = freed
+
+    def must_wait(self, sequence: Sequence) -> bool:
+        """Whether another text is about to compute what this one, not begun yet, needs next.
+
+        If not, this one is about to compute the rest of its blocks itself. A text waits for none
+        that waits: of texts that begin alike, all know the same blocks, so all name one owner.
+        """
+        if sequence.scores_prompt:
+            return False
+        own = self._running[sequence.number]
+        blocks = own.hash_blocks(sequence.num_tokens)
+        rest = blocks[self._num_held(blocks) :]
+        usable = (sequence.num_tokens - 1) // BLOCK  # one token is computed in any case
+        if len(blocks) - len(rest) < usable and (
+            self._claims.get(rest[0], own.number) != own.number
+        ):
+            return True
+        for block in rest:
+            self._claims.setdefault(block, own.number)
+        return False
+
+    def reuse(self, sequence: Sequence) -> None:
+        """Let a text that begins copy what another holds of it, if any; all but its last token."""
+        if sequence.scores_prompt:
+            return
+        own = self._running[sequence.number]
+        limit = sequence.num_tokens - 1
+        blocks = own.hash_blocks(limit)
+        num_held = self._num_held(blocks)
+        if num_held == 0:
+            return
+        holder = next(iter(self._holders[blocks[num_held - 1]].values()))
+        if holder.number in self._retained:
+            self._retained.move_to_end(holder.number)
+        end = min(limit, holder.num_written)
+        begin = num_held * BLOCK
+        differs = holder.token_ids[begin:end] != sequence.token_ids[begin:end]
+        length = begin + int(differs.argmax()) if differs.any() else end
+        sequence.copy = CacheCopy(holder.first_slot, own.first_slot, length)
+        sequence.num_cached = length
+
+    def computed(self, sequence: Sequence) -> None:
+        """Note that the text's first `num_cached` tokens are in every stage's pool."""
+        own = self._running[sequence.number]
+        own.num_written = sequence.num_cached
+        for block in own.hash_blocks(own.num_written)[own.num_known :]:
+            self._holders.setdefault(block, {})[own.number] = own
+            if self._claims.get(block) == own.number:
+                del self._claims[block]
+        own.num_known = own.num_written // BLOCK
+
+    def clear(self) -> None:
+        """Forget all ended texts."""
+        while self.evict():
+            pass
+
+    def evict(self) -> bool:
+        """Free the slots of the ended text of no use for longest; False if there is none."""
+        if not self._retained:
+            return False
+        self._drop(self._retained.popitem(last=False)[1])
+        return True
+
+    def evict_at(self, first_slot: int) -> bool:
+        """Free the slots of the ended text that begins there; False if there is none."""
+        for ended in self._retained.values():
+            if ended.first_slot == first_slot:
+                self._drop(self._retained.pop(ended.number))
+                return True
+        return False
+
+    def _num_held(self, blocks: list[bytes]) -> int:
+        """How many of a text's blocks, from the first on, are held."""
+        for i, block in enumerate(blocks):
+            if block not in self._holders:
+                return i
+        return len(blocks)
+
+    def _drop(self, dropped: _Range) -> None:
+        """Take a range out of the index, and free its slots."""
+        self._forget(dropped)
+        self._allocator.free(dropped.first_slot)
+
+    def _forget(self, known: _Range) -> None:
+        """Take a range out of the index."""
+        for block in known.hashes[: known.num_known]:
+            holders = self._holders[block]
+            del holders[known.number]
+            if not holders:
+                del self._holders[block]
