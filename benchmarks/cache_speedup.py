@@ -13,7 +13,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 
 def timed_steps(folder: Path, prompt: list[int], new: int, *, use_cache: bool) -> tuple:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 DEVICE = "cuda:0"
 COPIED_BYTES = 1 << 30

@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kernels.malloc import give_back_freed_memory
 from engine.planning.memory import anonymous_bytes
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 KINDS = ("none", "int8")
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 WINDOW = 50
 """Steps around a place in the text whose median counts."""

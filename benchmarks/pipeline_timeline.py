@@ -35,7 +35,7 @@ from engine.batch import ForwardBatch
 from engine.config import EngineConfig
 from engine.demo_model import DEMO_MODEL_PATH
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 NEW_TOKENS = 24

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 
 def load(folder: Path, *, prefix_caching: bool) -> Engine:

@@ -11,7 +11,7 @@ from rich.table import Table
 from engine.config import EngineConfig
 from engine.demo_model import DEMO_MODEL_PATH
 from engine.engine import Engine
-from queue_api.schemas import ChatMessage, GenerationRequest, SamplingParams
+from queue_api.wire.schemas import ChatMessage, GenerationRequest, SamplingParams
 
 QUESTIONS = [
     "What is 12 + 30?",

@@ -38,8 +38,8 @@ from engine.batch import ForwardBatch, Segment
 from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
 from engine.models.slicing import find_layers
-from queue_api.errors import ConfigurationError
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.errors import ConfigurationError
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
 TABLE = Path(__file__).parents[1] / "docs" / "support.md"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.transfer import moved
-from queue_api.errors import EngineError
+from queue_api.wire.errors import EngineError
 
 __all__ = ["BatchOutOfMemoryError", "CacheCopy", "ForwardBatch", "Segment"]
 

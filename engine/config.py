@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from queue_api.errors import ConfigurationError
+from queue_api.wire.errors import ConfigurationError
 
 __all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode", "Quantization"]
 

@@ -13,7 +13,7 @@ try:
     import torch
     import transformers  # noqa: F401
 except ImportError as error:
-    from queue_api.errors import MissingExtraError
+    from queue_api.wire.errors import MissingExtraError
 
     raise MissingExtraError(
         f"{error.name} isn't installed; running a model needs: pip install 'batchmill[worker]'"
@@ -44,7 +44,7 @@ from engine.scheduling.prefix_cache import PrefixCache
 from engine.scheduling.round import Round
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.slots import SlotAllocator
-from queue_api.errors import (
+from queue_api.wire.errors import (
     DuplicateRequestError,
     EngineError,
     InvalidRequestError,
@@ -52,7 +52,7 @@ from queue_api.errors import (
     PromptTooLongError,
     RequestOutOfMemoryError,
 )
-from queue_api.schemas import GenerationRequest
+from queue_api.wire.schemas import GenerationRequest
 
 __all__ = ["Engine"]
 

@@ -23,7 +23,7 @@ from engine.stages.loading import load_stage
 from engine.stages.pipeline import InlinePipeline, Pipeline, ThreadedPipeline
 from engine.stages.stage import Stage
 from engine.weights.format import weight_format
-from queue_api.errors import ConfigurationError, UnsupportedModelError
+from queue_api.wire.errors import ConfigurationError, UnsupportedModelError
 
 __all__ = [
     "LoadedModel",

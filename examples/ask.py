@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from queue_api import Client
+from batchmill import Client
 
 QUESTIONS = ["What is 12 + 30?", "Reverse the word LAMP.", "What day comes after Monday?"]
 

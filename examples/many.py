@@ -5,7 +5,7 @@ Needs Redis (REDIS_URL) and workers: `batchmill worker --model demo`. No asyncio
 
 from __future__ import annotations
 
-from queue_api import SyncClient
+from batchmill import SyncClient
 
 
 def main() -> None:

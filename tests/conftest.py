@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from client_kit import Answerer
+from kits.client_kit import Answerer
 
-from queue_api.redis_server import EmbeddedRedis
-from queue_api.settings import QueueSettings
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.settings import QueueSettings
 
-pytest_plugins = ["redis_fixture"]
+pytest_plugins = ["kits.redis_fixture"]
 
 
 @pytest.fixture

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import redis
-from worker_kit import until
+from kits.worker_kit import until
 
 from benchmarks.chaos.audit import Audit
 from benchmarks.chaos.faults import KILLS, Kind, draw_faults
 from benchmarks.chaos.harness import ChaosSettings, Disturbed, disturb, expected_outcomes
 from benchmarks.chaos.report import report
 from benchmarks.chaos.workload import ECHO_QUEUE, Part, make_parts
-from queue_api.connection import connect
-from queue_api.redis_server import EmbeddedRedis
-from queue_api.runs import RunKeys, emit_args
-from queue_api.schemas import FinishReason, GenerationResult
-from queue_api.scripts import load_script
+from queue_api.connection.connect import connect
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.store.keys import RunKeys
+from queue_api.store.runs import emit_args
+from queue_api.store.scripts import load_script
+from queue_api.wire.schemas import FinishReason, GenerationResult
 
 SHORT = ChaosSettings(seed=1, num_requests=1000, num_demo=12, kills=5, demo_workers=1)
 

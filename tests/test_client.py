@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import redis
-from client_kit import Answerer, rq_job, rq_queue, run_keys
+from kits.client_kit import Answerer, rq_job, rq_queue, run_keys
+from kits.worker_kit import until
 from rq import SimpleWorker
 from rq.job import JobStatus
-from worker_kit import until
 
-from queue_api.client import Client
-from queue_api.errors import (
+from queue_api.client.client import Client
+from queue_api.client.reader import MOST_UNREAD
+from queue_api.client.sync_client import SyncClient
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.settings import QueueSettings
+from queue_api.store.jobs import GENERATE
+from queue_api.store.keys import RunKeys
+from queue_api.wire.errors import (
     InvalidRequestError,
     QueueFullError,
     RedisAuthError,
@@ -22,13 +28,7 @@ from queue_api.errors import (
     RunIncompleteError,
     RunNotFoundError,
 )
-from queue_api.jobs import GENERATE
-from queue_api.reader import MOST_UNREAD
-from queue_api.redis_server import EmbeddedRedis
-from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason, GenerationRequest, GenerationResult, SamplingParams
-from queue_api.settings import QueueSettings
-from queue_api.sync_client import SyncClient
+from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult, SamplingParams
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
@@ -286,7 +286,7 @@ def test_cancelled_in_bulk_jobs_are_to_rq_as_if_it_had_done_it(
     settings: QueueSettings, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # as if the queue were very long: a call of the script ends after one job, or two
-    monkeypatch.setattr("queue_api.store.QUEUE_ENTRIES_AT_ONCE", 12)
+    monkeypatch.setattr("queue_api.store.run_store.QUEUE_ENTRIES_AT_ONCE", 12)
     queue = rq_queue(connection)
 
     async def main() -> None:

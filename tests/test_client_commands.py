@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import redis
-from client_kit import Answerer, rq_queue
-from worker_kit import until
+from kits.client_kit import Answerer, rq_queue
+from kits.worker_kit import until
 
-from queue_api.redis_server import EmbeddedRedis
+from queue_api.connection.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from queue_api.cli import app, run_app; run_app(app)"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "from batchmill.__main__ import main; main()",
+]
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from client_kit import rq_queue, run_keys
-from worker_kit import WorkerProcess, until
+from kits.client_kit import rq_queue, run_keys
+from kits.worker_kit import WorkerProcess, until
 
-from queue_api.client import Client
-from queue_api.errors import DuplicateRequestError, GenerationFailedError
-from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason
-from queue_api.settings import QueueSettings
-from queue_api.sync_client import SyncClient
+from queue_api.client.client import Client
+from queue_api.client.sync_client import SyncClient
+from queue_api.connection.settings import QueueSettings
+from queue_api.store.keys import RunKeys
+from queue_api.wire.errors import DuplicateRequestError, GenerationFailedError
+from queue_api.wire.schemas import FinishReason
 
 StartWorker = Callable[..., WorkerProcess]
 

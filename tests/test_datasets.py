@@ -13,19 +13,20 @@ from typing import Any, ClassVar
 
 import pytest
 import redis
-from client_kit import Answerer, rq_queue
-from worker_kit import WorkerProcess
+from kits.client_kit import Answerer, rq_queue
+from kits.worker_kit import WorkerProcess
 
-from queue_api.client import Client
-from queue_api.datasets import dataset_run_id, run_dataset
-from queue_api.errors import DatasetError, InvalidRequestError, RunNotFoundError
-from queue_api.redis_server import EmbeddedRedis
-from queue_api.runs import RunKeys, emit_args
-from queue_api.schemas import FinishReason, GenerationResult, SamplingParams
-from queue_api.scripts import load_script
-from queue_api.settings import QueueSettings
-from queue_api.store import read_entries
-from queue_api.summary import Progress, Quantiles, RunSummary
+from queue_api.client.client import Client
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import dataset_run_id, run_dataset
+from queue_api.datasets.summary import Progress, Quantiles, RunSummary
+from queue_api.store.keys import RunKeys
+from queue_api.store.run_store import read_entries
+from queue_api.store.runs import emit_args
+from queue_api.store.scripts import load_script
+from queue_api.wire.errors import DatasetError, InvalidRequestError, RunNotFoundError
+from queue_api.wire.schemas import FinishReason, GenerationResult, SamplingParams
 
 NUM_ROWS = 300
 

@@ -13,11 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_api.errors import DatasetError, InvalidRequestError, RequestError
-from queue_api.lines import MAX_LINE_BYTES, count_lines, read_lines
-from queue_api.row_writer import RowWriter
-from queue_api.rows import OUTPUT_COLUMNS, Row, RowParser, dump_row, output_row
-from queue_api.schemas import GenerationRequest, GenerationResult, SamplingParams, TokenLogprobs
+from queue_api.datasets.columns import OUTPUT_COLUMNS, Row, RowParser, dump_row, output_row
+from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES, count_lines, read_lines
+from queue_api.wire.errors import DatasetError, InvalidRequestError, RequestError
+from queue_api.wire.schemas import (
+    GenerationRequest,
+    GenerationResult,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 JSON_VALUES = st.recursive(
     st.none()

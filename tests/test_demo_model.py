@@ -27,7 +27,7 @@ from engine.demo_model.corpus import (
 from engine.demo_model.evaluation import answer, chat_text, is_right
 from engine.demo_model.examples import example_rows
 from engine.demo_model.train import ModelShape, TrainConfig, build_model, build_vocabulary, train
-from queue_api.schemas import GenerationRequest
+from queue_api.wire.schemas import GenerationRequest
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "prompts.jsonl"
 

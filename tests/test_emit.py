@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from queue_api.runs import RunKeys, RunStatus, emit_args
-from queue_api.schemas import FinishReason, GenerationResult
-from queue_api.scripts import load_script
-from queue_api.store import read_entries
+from queue_api.store.keys import RunKeys
+from queue_api.store.run_store import read_entries
+from queue_api.store.runs import RunStatus, emit_args
+from queue_api.store.scripts import load_script
+from queue_api.wire.schemas import FinishReason, GenerationResult
 
 KEYS = RunKeys.of("run")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import transformers
-from engine_models import EOS, SMALL, VOCAB, TinyModel, make_model, mixed_prompts, requests
+from kits.engine_models import EOS, SMALL, VOCAB, TinyModel, make_model, mixed_prompts, requests
 
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 PROMPTS = mixed_prompts(6, 36)
 NEW_TOKENS = 10

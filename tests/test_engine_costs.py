@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_models import LAYERS, mixed_prompts, requests, tiny_model
+from kits.engine_models import LAYERS, mixed_prompts, requests, tiny_model
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -15,7 +15,7 @@ from engine.models.slicing import load_config
 from engine.planning.costs import DECODE, CostModel, plan_model
 from engine.planning.partition import plan_partition
 from engine.planning.sizes import ModelSizes
-from queue_api.errors import PartitionError
+from queue_api.wire.errors import PartitionError
 
 MODELS = ["llama", "qwen2", "gpt2", "gemma2"]
 DEVICES = ("cuda:0", "cuda:1")

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_models import mixed_prompts, requests, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from varlen_reference import install
+from kits.engine_models import mixed_prompts, requests, tiny_model
+from kits.varlen_reference import install
 
 from engine.batch import ForwardBatch
 from engine.engine import Engine
@@ -28,7 +28,7 @@ from engine.stages.decode_graphs import (
     is_decode_only,
     padded_size,
 )
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 PROMPTS = mixed_prompts()
 Function = Callable[[], torch.Tensor]

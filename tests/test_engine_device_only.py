@@ -10,7 +10,7 @@ import traceback
 
 import pytest
 import torch
-from engine_models import VOCAB, mixed_prompts, tiny_model
+from kits.engine_models import VOCAB, mixed_prompts, tiny_model
 
 from engine.attention.backend import AttentionBackend
 from engine.attention.sdpa import SdpaBackend
@@ -23,7 +23,7 @@ from engine.scheduling.round import Round
 from engine.stages.decode_graphs import _PaddedDecode
 from engine.stages.stage import Stage
 from engine.transfer import moved
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 META = torch.device("meta")
 PROMPTS = mixed_prompts()[:4]

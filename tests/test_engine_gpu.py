@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from engine_models import TinyModel, make_model, mixed_prompts, requests, tiny_model
+from kits.engine_models import TinyModel, make_model, mixed_prompts, requests, tiny_model
 
 from engine.attention.check import Heads, check_attention
 from engine.attention.kv_pool import KVShape
@@ -23,7 +23,7 @@ from engine.planning.memory import available_bytes
 from engine.requests.sequence import Sequence
 from engine.scheduling.round import Round
 from engine.stages.decode_graphs import CapturedGraph
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from engine_models import (
+from kits.engine_models import (
     CONFIGS,
     LAYERS,
     SMALL,
@@ -29,7 +29,7 @@ from engine.planning.sizes import ModelSizes
 from engine.weights.format import weight_format
 from engine.weights.int8 import Int8Weight, RoundedLinear, round_linears
 from engine.weights.layout import LaidOutLinear
-from queue_api.errors import ConfigurationError, UnsupportedModelError
+from queue_api.wire.errors import ConfigurationError, UnsupportedModelError
 
 ROUNDED = [name for name in CONFIGS if name != "gpt2"]
 PROMPTS = mixed_prompts()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import LAYERS, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from kits.engine_models import LAYERS, tiny_model
 
 from engine.attention.kv_pool import KVPool, KVShape
 from engine.batch import CacheCopy

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import requests, tiny_model
+from kits.engine_models import requests, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from engine.attention.hook import AttentionCall, attend_packed, attending
@@ -17,7 +17,7 @@ from engine.attention.kv_pool import KVPool, KVShape
 from engine.attention.masks import MaskRule
 from engine.attention.sdpa import SdpaBackend
 from engine.batch import ForwardBatch, Segment
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 PROMPTS = [list(range(5, 45)), [9, 8, 7], list(range(60, 90)), [4]]
 

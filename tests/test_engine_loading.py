@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
 from huggingface_hub.errors import RepositoryNotFoundError
+from kits.engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
@@ -20,7 +20,7 @@ from engine.models.checkpoint import Checkpoint
 from engine.models.slicing import load_config, load_slice
 from engine.planning.partition import plan_partition
 from engine.weights.layout import LaidOutLinear, can_lay_out, lay_out_linears
-from queue_api.errors import (
+from queue_api.wire.errors import (
     ConfigurationError,
     ModelNotFoundError,
     PartitionError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_models import EOS, VOCAB, TinyModel, mixed_prompts, requests, tiny_model
+from kits.engine_models import EOS, VOCAB, TinyModel, mixed_prompts, requests, tiny_model
 from transformers import (
     AutoTokenizer,
     MinNewTokensLengthLogitsProcessor,
@@ -23,8 +23,8 @@ from engine.requests.completion import Completion
 from engine.requests.sequence import Sequence
 from engine.sampling.logits import LogitsChange, change_logits
 from engine.sampling.sampler import choose_tokens, keep_min_p
-from queue_api.errors import InvalidRequestError
-from queue_api.schemas import GenerationRequest, SamplingParams
+from queue_api.wire.errors import InvalidRequestError
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 MODEL = tiny_model("llama")
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL.folder)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kit import OLDER, compiled, on_threads
+from kits.native_kit import OLDER, compiled, on_threads
 
 from engine.attention.masks import MaskRule
 from engine.attention.native import NativeAttention, SegmentTable, native_attention

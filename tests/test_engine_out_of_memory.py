@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
-from engine_models import mixed_prompts, requests, tiny_model
+from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.batch import ForwardBatch
 from engine.engine import Engine
 from engine.scheduling.batch_budget import BATCHES_BEFORE_GROWTH, BatchBudget
-from queue_api.errors import EngineError, RequestOutOfMemoryError
-from queue_api.schemas import FinishReason
+from queue_api.wire.errors import EngineError, RequestOutOfMemoryError
+from queue_api.wire.schemas import FinishReason
 
 MODEL = tiny_model("llama")
 PROMPTS = mixed_prompts()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from native_kit import OLDER, compiled, on_threads
+from kits.native_kit import OLDER, compiled, on_threads
 
 from engine.kernels.panel_product import PanelProduct, panel_product
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import CONFIGS, LAYERS, VOCAB, make_model, mixed_prompts, requests, tiny_model
+from kits.engine_models import (
+    CONFIGS,
+    LAYERS,
+    VOCAB,
+    make_model,
+    mixed_prompts,
+    requests,
+    tiny_model,
+)
 
 from engine.engine import Engine
 from engine.requests.sequence import Sequence
 from engine.scheduling.round import Round
-from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
+from queue_api.wire.schemas import FinishReason, GenerationRequest, SamplingParams
 
 ARCHITECTURES = [*CONFIGS, "demo"]
 PROMPTS = mixed_prompts()

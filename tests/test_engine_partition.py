@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.planning.partition import plan_partition
-from queue_api.errors import PartitionError
+from queue_api.wire.errors import PartitionError
 
 
 @st.composite

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.plan import PartitionPlan
 from engine.planning.partition import DeviceCosts, plan_partition
-from queue_api.errors import PartitionError
+from queue_api.wire.errors import PartitionError
 
 NAMES = ["cuda:0", "cuda:1", "cpu"]
 MIXES = st.lists(st.sampled_from(NAMES), min_size=1, max_size=5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from engine_models import mixed_prompts, requests, tiny_model
+from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.batch import ForwardBatch
 

@@ -6,15 +6,15 @@ import functools
 from typing import Any
 
 import pytest
-from engine_models import mixed_prompts, requests, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.batch import ForwardBatch
 from engine.engine import Engine
 from engine.requests.completion import Completion
-from queue_api.errors import MaxTokensTooLargeError
-from queue_api.schemas import GenerationRequest
+from queue_api.wire.errors import MaxTokensTooLargeError
+from queue_api.wire.schemas import GenerationRequest
 
 PROMPTS = mixed_prompts(6, longest=30)
 PROMPTS += [PROMPTS[0] + PROMPTS[i] for i in (1, 2)]  # that begin alike

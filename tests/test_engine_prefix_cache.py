@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from engine_models import LAYERS, VOCAB, TinyModel, make_model, requests, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kits.engine_models import LAYERS, VOCAB, TinyModel, make_model, requests, tiny_model
 from transformers import LlamaConfig
 
 from engine.batch import ForwardBatch

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import pytest
-from engine_models import mixed_prompts, requests, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
-from queue_api.schemas import GenerationRequest
+from queue_api.wire.schemas import GenerationRequest
 
 PROMPTS = mixed_prompts(12, longest=30)
 

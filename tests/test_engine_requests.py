@@ -8,12 +8,12 @@ import threading
 import weakref
 
 import pytest
-from engine_models import CHAT_TEMPLATE, EOS, VOCAB, requests, tiny_model
+from kits.engine_models import CHAT_TEMPLATE, EOS, VOCAB, requests, tiny_model
 from transformers import AutoTokenizer
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
-from queue_api.errors import (
+from queue_api.wire.errors import (
     DuplicateRequestError,
     EngineError,
     InvalidRequestError,
@@ -21,7 +21,7 @@ from queue_api.errors import (
     PromptTooLongError,
     RequestError,
 )
-from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
+from queue_api.wire.schemas import FinishReason, GenerationRequest, SamplingParams
 
 MODEL = tiny_model("llama")
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL.folder)

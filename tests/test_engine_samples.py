@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from engine_models import mixed_prompts, requests, tiny_model
+from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
-from queue_api.errors import DuplicateRequestError, InvalidRequestError
-from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams
+from queue_api.wire.errors import DuplicateRequestError, InvalidRequestError
+from queue_api.wire.schemas import FinishReason, GenerationRequest, SamplingParams
 
 MODEL = tiny_model("llama")
 PROMPTS = mixed_prompts(4)

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine_models import VOCAB, mixed_prompts, requests, tiny_model
+from kits.engine_models import VOCAB, mixed_prompts, requests, tiny_model
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from engine.requests.sequence import Sequence, seed_from_key
 from engine.sampling.logits import SamplingRow
 from engine.sampling.random_draws import uniform
 from engine.sampling.sampler import NO_TOKEN, choose_tokens, keep_top_k, keep_top_p
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 PROMPTS = mixed_prompts(24)
 NUM_DRAWS = 4000

@@ -10,7 +10,7 @@ from engine.requests.sequence import Sequence
 from engine.scheduling.prefix_cache import PrefixCache
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.slots import SlotAllocator
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 SLOTS = 48
 

@@ -18,7 +18,7 @@ from engine.scheduling.round import Round
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.slot_ranges import SlotRanges
 from engine.scheduling.slots import SlotAllocator
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 SLOTS = 240
 Content = tuple[int, ...] | None

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from engine_models import CONFIGS, make_model, mixed_prompts, requests, tiny_model
-from varlen_reference import install, reference_varlen_attn
+from kits.engine_models import CONFIGS, make_model, mixed_prompts, requests, tiny_model
+from kits.varlen_reference import install, reference_varlen_attn
 
 from engine.attention.backend import AttentionTask
 from engine.attention.check import AttentionMismatchError, Heads, check_attention

@@ -41,7 +41,7 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 def test_wheel_carries_scripts_types_and_the_demo_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"queue_api/scripts/emit.lua", "workers/scripts/claim.lua"} <= names
+    assert {"queue_api/store/scripts/emit.lua", "workers/scripts/claim.lua"} <= names
     assert {f"{package}/py.typed" for package in ("engine", "queue_api", "workers")} <= names
     weights = "engine/demo_model/batchmill-demo"
     assert {f"{weights}/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names

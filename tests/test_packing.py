@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 
-from queue_api.connection import connect, connect_async
-from queue_api.packing import Packing
+from queue_api.connection.connect import connect, connect_async
+from queue_api.connection.hiredis_packing import Packing
 
 COMMANDS = [
     ("PING",),

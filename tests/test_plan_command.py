@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import transformers
-from engine_models import VOCAB, make_model
+from kits.engine_models import VOCAB, make_model
 from typer.testing import CliRunner
 
+from batchmill.commands.app import app
 from engine.config import EngineConfig
 from engine.demo_model import DEMO_MODEL_PATH
 from engine.engine import Engine
-from queue_api.errors import ConfigurationError, MissingExtraError
-from workers.cli import app
+from queue_api.wire.errors import ConfigurationError, MissingExtraError
 
 
 def plan(*arguments: str) -> str:

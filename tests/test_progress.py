@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from queue_api.summary import Progress
-from workers.report import progress_display
+from batchmill.offline.report import progress_display
+from queue_api.datasets.summary import Progress
 
 
 def test_time_left_is_told_from_the_first_line_on_that_has_new_rows() -> None:

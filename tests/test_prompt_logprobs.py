@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engine_models import EOS, VOCAB, make_model, mixed_prompts, requests, tiny_model
+from kits.engine_models import EOS, VOCAB, make_model, mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
 from engine.requests.completion import Completion

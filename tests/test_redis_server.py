@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import redis
-from worker_kit import until
+from kits.worker_kit import until
 
-from queue_api.connection import check_server, connect
-from queue_api.errors import ConfigurationError, RedisUnavailableError
-from queue_api.redis_server import EmbeddedRedis, find_server
+from queue_api.connection.connect import check_server, connect
+from queue_api.connection.embedded import EmbeddedRedis, find_server
+from queue_api.wire.errors import ConfigurationError, RedisUnavailableError
 
 
 def alive(pid: int) -> bool:
@@ -79,7 +79,7 @@ def test_rq_reaches_it() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_it_ends_when_its_parent_is_killed() -> None:
     script = (
-        "from queue_api.redis_server import EmbeddedRedis\n"
+        "from queue_api.connection.embedded import EmbeddedRedis\n"
         "with EmbeddedRedis() as server:\n"
         "    print(server.pid, flush=True)\n"
         "    input()\n"
@@ -105,7 +105,7 @@ def test_what_a_killed_owner_left_is_swept_at_the_next_start(tmp_path: Path, mon
     foreign = tmp_path / "batchmill-redis-of-somebody"
     foreign.mkdir()
     script = (
-        "from queue_api.redis_server import EmbeddedRedis\n"
+        "from queue_api.connection.embedded import EmbeddedRedis\n"
         "with EmbeddedRedis() as server:\n"
         "    print(server.pid, server.url, flush=True)\n"
         "    input()\n"

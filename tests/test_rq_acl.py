@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import redis
+from kits.worker_kit import QUEUE, WorkerProcess, completed, submit, until, workers
 from rq import Queue
 from rq.command import send_stop_job_command
-from worker_kit import QUEUE, WorkerProcess, completed, submit, until, workers
 
-from queue_api.connection import connect
-from queue_api.jobs import GENERATE
-from queue_api.sync_client import SyncClient
+from queue_api.client.sync_client import SyncClient
+from queue_api.connection.connect import connect
+from queue_api.store.jobs import GENERATE
 
 PAGE = Path(__file__).parent.parent / "docs" / "redis.md"
 

@@ -17,8 +17,8 @@ from rq.results import Result
 from rq.utils import now
 from rq.worker import SimpleWorker
 
-from queue_api.connection import connect_async
-from queue_api.jobs import GENERATE
+from queue_api.connection.connect import connect_async
+from queue_api.store.jobs import GENERATE
 from workers.leases import Lease, Leases
 from workers.scripts import Scripts
 

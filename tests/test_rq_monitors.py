@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worker_kit import QUEUE, completed, submit, until
+from kits.worker_kit import QUEUE, completed, submit, until
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 
 import pytest
+from kits.worker_kit import QUEUE, completed, num_done, status, submit, until, workers
 from rq import Queue, Repeat
 from rq.command import (
     send_shutdown_command,
@@ -20,10 +21,9 @@ from rq.rate_limit import RateLimit
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.results import Result
 from rq.suspension import resume, suspend
-from worker_kit import QUEUE, completed, num_done, status, submit, until, workers
 
-from queue_api.jobs import GENERATE
-from queue_api.schemas import FinishReason
+from queue_api.store.jobs import GENERATE
+from queue_api.wire.schemas import FinishReason
 
 SLOW = "echo:tokens=100000,step_s=0.01"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kits.worker_kit import PATIENCE_S, until, workers
 from rq import Queue
-from worker_kit import PATIENCE_S, until, workers
 
 from engine.demo_model import DEMO_MODEL_PATH
-from queue_api.redis_server import EmbeddedRedis
+from queue_api.connection.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).parent.parent
 SLOW_ECHO = "echo:tokens=20,step_s=0.02,max_num_seqs=32"
@@ -30,7 +30,7 @@ class Command:
 
     def __init__(self, *arguments: object, cwd: Path, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers", *map(str, arguments)],
+            [sys.executable, "-m", "batchmill", *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from queue_api.errors import GenerationFailedError, InvalidRequestError
-from queue_api.jobs import parse_items, request_from_fields
-from queue_api.schemas import ErrorDetail, GenerationRequest, GenerationResult, SamplingParams
-from queue_api.submission import as_request
+from queue_api.client.submission import as_request
+from queue_api.store.jobs import parse_items, request_from_fields
+from queue_api.wire.errors import GenerationFailedError, InvalidRequestError
+from queue_api.wire.schemas import ErrorDetail, GenerationRequest, GenerationResult, SamplingParams
 
 
 @pytest.mark.parametrize(

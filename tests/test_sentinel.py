@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import redis
-from sentinel_kit import SentinelGroup
-from worker_kit import WorkerProcess, completed, num_done, until, workers
+from kits.sentinel_kit import SentinelGroup
+from kits.worker_kit import WorkerProcess, completed, num_done, until, workers
 
-from queue_api.client import Client
-from queue_api.connection import check_server, connect, connect_async, friendly, safe_url
-from queue_api.errors import ConfigurationError, RedisUnavailableError
-from queue_api.schemas import ErrorDetail, GenerationResult
-from queue_api.sentinel import SentinelAddress
-from queue_api.settings import QueueSettings
+from queue_api.client.client import Client
+from queue_api.connection.address import safe_url
+from queue_api.connection.connect import check_server, connect, connect_async
+from queue_api.connection.failures import friendly
+from queue_api.connection.sentinel import SentinelAddress
+from queue_api.connection.settings import QueueSettings
+from queue_api.wire.errors import ConfigurationError, RedisUnavailableError
+from queue_api.wire.schemas import ErrorDetail, GenerationResult
 
 
 @pytest.fixture

@@ -9,13 +9,18 @@ from typing import Any
 
 import jsonschema
 import pytest
-from engine_models import requests, tiny_model
+from kits.engine_models import requests, tiny_model
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
-from queue_api.errors import InvalidRequestError, UnsupportedRequestError
-from queue_api.schemas import FinishReason, GenerationRequest, SamplingParams, StructuredOutputs
-from queue_api.structured_outputs import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
+from queue_api.wire.errors import InvalidRequestError, UnsupportedRequestError
+from queue_api.wire.schemas import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StructuredOutputs,
+)
+from queue_api.wire.structured_outputs import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 
 MODEL = tiny_model("demo")
 PROMPTS = ["Tell me a story.", "What is 2 + 3?", "Who are you?", "Name a colour."]

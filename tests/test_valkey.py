@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from kits.worker_kit import completed, num_done, status, submit, until
 from rq.job import Job
-from worker_kit import completed, num_done, status, submit, until
 
-from queue_api.client import Client
-from queue_api.connection import check_server
-from queue_api.redis_server import EmbeddedRedis, bundled_server
-from queue_api.settings import QueueSettings
+from queue_api.client.client import Client
+from queue_api.connection.connect import check_server
+from queue_api.connection.embedded import EmbeddedRedis, bundled_server
+from queue_api.connection.settings import QueueSettings
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ import asyncio
 import re
 import signal
 
+from kits.worker_kit import QUEUE, SERVE, completed, submit, until
 from rq import Queue
-from worker_kit import QUEUE, SERVE, completed, submit, until
 
-from queue_api.connection import connect_async
-from queue_api.errors import InvalidRequestError
-from queue_api.jobs import GENERATE
-from queue_api.schemas import GenerationRequest
-from workers.checkpoints import Checkpoints, Place
-from workers.engine_loop import Addition, EngineLoop
-from workers.noop_engine import EchoEngine
+from queue_api.connection.connect import connect_async
+from queue_api.store.jobs import GENERATE
+from queue_api.wire.errors import InvalidRequestError
+from queue_api.wire.schemas import GenerationRequest
+from workers.running.checkpoints import Checkpoints, Place
+from workers.running.echo_engine import EchoEngine
+from workers.running.engine_loop import Addition, EngineLoop
 from workers.scripts import Scripts
 
 LONG = "echo:tokens=1000,step_s=0.001"

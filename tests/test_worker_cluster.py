@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from queue_api.errors import ConfigurationError
-from workers.cluster import LocalCluster
+from batchmill.offline.local_workers import LocalCluster
+from queue_api.wire.errors import ConfigurationError
 
 
 def test_workers_that_all_refuse_their_settings_are_one_error() -> None:

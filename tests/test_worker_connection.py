@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import redis
-from worker_kit import WorkerProcess, completed, submit, until, workers
+from kits.worker_kit import WorkerProcess, completed, submit, until, workers
 
-from queue_api.connection import check_server, connect, friendly, safe_url
-from queue_api.errors import (
+from queue_api.connection.address import safe_url
+from queue_api.connection.connect import check_server, connect
+from queue_api.connection.embedded import EmbeddedRedis, find_server
+from queue_api.connection.failures import friendly
+from queue_api.wire.errors import (
     ConfigurationError,
     RedisAuthError,
     RedisServerError,
     RedisUnavailableError,
 )
-from queue_api.redis_server import EmbeddedRedis, find_server
 
 
 def make_certificate(folder: Path) -> dict[str, Path]:

@@ -6,16 +6,16 @@ import re
 import signal
 
 import pytest
+from kits.worker_kit import QUEUE, completed, num_done, results, status, submit, until
 from rq import Queue
 from rq.job import Job
-from worker_kit import QUEUE, completed, num_done, results, status, submit, until
 
-from queue_api.enqueue import JobTemplate
-from queue_api.jobs import request_json
-from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason, GenerationRequest
-from queue_api.scripts import load_script
-from queue_api.settings import QueueSettings
+from queue_api.connection.settings import QueueSettings
+from queue_api.store.enqueue import JobTemplate
+from queue_api.store.jobs import request_json
+from queue_api.store.keys import RunKeys
+from queue_api.store.scripts import load_script
+from queue_api.wire.schemas import FinishReason, GenerationRequest
 
 SLOW = "echo:tokens=200,step_s=0.01"
 """Two seconds a request."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from queue_api.schemas import GenerationRequest
-from workers.engine_loop import Addition, Completion, EngineLoop
-from workers.noop_engine import EchoEngine
+from queue_api.wire.schemas import GenerationRequest
+from workers.running.echo_engine import EchoEngine
+from workers.running.engine_loop import Addition, Completion, EngineLoop
 
 PROMPT = "a b c d"
 
@@ -56,7 +56,7 @@ async def told_until(engine: EchoEngine, additions: Sequence[Addition], last: st
 
 @pytest.fixture
 def an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.engine_loop.HAND_OVER_S", 3600)
+    monkeypatch.setattr("workers.running.engine_loop.HAND_OVER_S", 3600)
 
 
 @pytest.mark.usefixtures("an_hour")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kits.worker_kit import QUEUE, num_done, results, status, until
 from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.utils import now, utcformat
-from worker_kit import QUEUE, num_done, results, status, until
 
-from queue_api.jobs import GENERATE, MAX_PAYLOAD_BYTES
-from queue_api.runs import RunKeys
+from queue_api.store.jobs import GENERATE, MAX_PAYLOAD_BYTES
+from queue_api.store.keys import RunKeys
 
 FUZZ_JOBS = 1000
 GOOD = {"prompt": "a b", "max_tokens": 2}

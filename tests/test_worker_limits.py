@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+from kits.worker_kit import QUEUE, completed, status, submit, until
 from rq import Queue, Retry
 from rq.registry import FailedJobRegistry
-from worker_kit import QUEUE, completed, status, submit, until
 
-from queue_api.jobs import GENERATE
+from queue_api.store.jobs import GENERATE
 
 ENDLESS = "echo:tokens=1000000,step_s=0.01"
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from worker_kit import WorkerProcess, completed, submit, until, workers
+from kits.worker_kit import WorkerProcess, completed, submit, until, workers
 
-from workers.process_identity import is_certainly_gone, own_identity
+from workers.rq_side.process_identity import is_certainly_gone, own_identity
 
 NAME = "mill"
 KEY = f"rq:worker:{NAME}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import time
 
+from kits.worker_kit import QUEUE, completed, num_done, status, submit, until
 from rq import Queue, Retry
 from rq.job import Job
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
-from worker_kit import QUEUE, completed, num_done, status, submit, until
 
-from queue_api.jobs import GENERATE, chunk_job_id, single_job_id
+from queue_api.store.jobs import GENERATE, chunk_job_id, single_job_id
 
 FAILING = "echo:marked=poison,on_marked=error"
 BREAKING = "echo:marked=poison,on_marked=raise"

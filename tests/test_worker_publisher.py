@@ -6,18 +6,18 @@ import asyncio
 import contextlib
 
 import redis.asyncio as aredis
-from worker_kit import SERVE, completed, num_done, submit
+from kits.worker_kit import SERVE, completed, num_done, submit
 
-from queue_api.runs import RunKeys
-from queue_api.schemas import FinishReason
-from workers.engine_loop import Refusal
-from workers.outcomes import Outcome
-from workers.publisher import Publisher
+from queue_api.store.keys import RunKeys
+from queue_api.wire.schemas import FinishReason
+from workers.running.engine_loop import Refusal
+from workers.running.outcomes import Outcome
+from workers.running.publisher import Publisher
 from workers.scripts import Scripts
 
-AN_HOUR = "import workers.publisher as p\np.{} = 3600\n"
+AN_HOUR = "import workers.running.publisher as p\np.{} = 3600\n"
 CHUNKS_IN_AN_HOUR = AN_HOUR.format("GATHER_PARTS_S")
-CHUNKS_IN_AN_HOUR += "import workers.engine_loop as e\ne.HAND_OVER_S = 3600\n"
+CHUNKS_IN_AN_HOUR += "import workers.running.engine_loop as e\ne.HAND_OVER_S = 3600\n"
 ALL_IN_AN_HOUR = CHUNKS_IN_AN_HOUR + AN_HOUR.format("GATHER_S") + "e.HAND_OVER_SOON_S = 3600\n"
 
 

@@ -10,19 +10,27 @@ from typing import Any
 from uuid import uuid4
 
 import redis.asyncio as aredis
-from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job
 from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import as_text, now, parse_composite_key, utcformat, utcparse
 
-from queue_api.jobs import BATCH_SIZE_FIELD
-from queue_api.runs import RunKeys
-from workers.scripts import ScriptCall, Scripts
+from queue_api.store.jobs import BATCH_SIZE_FIELD
+from queue_api.store.keys import (
+    RQ_KEY_PREFIX,
+    RunKeys,
+    execution_key,
+    executions_key,
+    finished_key,
+    queue_key,
+    return_values_key,
+    wip_key,
+)
+from queue_api.store.scripts import ScriptCall, Scripts
 
 __all__ = ["Beat", "Claim", "Lease", "Leases"]
 
 MOST_JOBS_PER_CLAIM = 128
-MOST_IN_A_SPAN = 32
+MOST_IN_A_STRETCH = 32
 FAIR_EVERY = 16
 """Every so many claims begin with the next queue in turn instead of the best."""
 
@@ -135,7 +143,7 @@ class Leases:
         """
         execution_ids = uuid4().hex[:24]
         queues = self._in_order()
-        queue_keys = [key for name in queues for key in (_queue_key(name), _registry_key(name))]
+        queue_keys = [key for name in queues for key in (queue_key(name), wip_key(name))]
         keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *queue_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
         limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held]
@@ -216,8 +224,8 @@ class Leases:
             *_job_keys(lease),
             self._worker_key,
             self._executions_key,
-            f"{RQ_KEY_PREFIX}:results:{lease.job_id}",
-            f"{RQ_KEY_PREFIX}:finished:{lease.queue}",
+            return_values_key(lease.job_id),
+            finished_key(lease.queue),
             f"{job_key}:dependents",
         ]
         args: list[Any] = [lease.job_id, lease.execution_id, utcformat(now()), self._worker_name]
@@ -225,7 +233,7 @@ class Leases:
         if run is not None:
             run_keys = RunKeys.of(run)
             keys += [run_keys.hash, run_keys.done]
-            args += chain.from_iterable(_spans(answered))
+            args += chain.from_iterable(_stretches(answered))
         return "finish", keys, args
 
     async def abandon(self, leases: Iterable[Lease]) -> None:
@@ -238,7 +246,7 @@ class Leases:
 
     def releasing(self, lease: Lease) -> ScriptCall:
         """The call that gives a job back."""
-        keys = [*_job_keys(lease), self._executions_key, _queue_key(lease.queue)]
+        keys = [*_job_keys(lease), self._executions_key, queue_key(lease.queue)]
         return "release", keys, [lease.job_id, lease.execution_id]
 
 
@@ -246,11 +254,11 @@ def _named(leases: Iterable[Lease]) -> list[str]:
     return [part for one in leases for part in (one.queue, one.job_id, one.execution_id)]
 
 
-def _spans(indexes: Iterable[int]) -> Iterator[tuple[int, int]]:
+def _stretches(indexes: Iterable[int]) -> Iterator[tuple[int, int]]:
     """(first, how many) of indexes that follow each other, as finish.lua looks at them."""
     first, end = 0, 0
     for index in indexes:
-        if index != end or index - first == MOST_IN_A_SPAN:
+        if index != end or index - first == MOST_IN_A_STRETCH:
             if end > first:
                 yield first, end - first
             first = index
@@ -259,18 +267,10 @@ def _spans(indexes: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, end - first
 
 
-def _queue_key(queue: str) -> str:
-    return f"{RQ_KEY_PREFIX}:queue:{queue}"
-
-
-def _registry_key(queue: str) -> str:
-    return f"{RQ_KEY_PREFIX}:wip:{queue}"
-
-
 def _job_keys(lease: Lease) -> list[str]:
     return [
         Job.key_for(lease.job_id),
-        _registry_key(lease.queue),
-        f"{RQ_KEY_PREFIX}:execution:{lease.composite}",
-        f"{RQ_KEY_PREFIX}:executions:{lease.job_id}",
+        wip_key(lease.queue),
+        execution_key(lease.job_id, lease.execution_id),
+        executions_key(lease.job_id),
     ]

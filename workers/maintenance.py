@@ -17,8 +17,8 @@ from rq.scheduler import RQScheduler
 from rq.utils import now
 from rq.worker.base import BaseWorker
 
-from queue_api.jobs import GenerateJob
-from workers.reclaim import Reclaimer
+from queue_api.store.jobs import GenerateJob
+from workers.rq_side.reclaim import Reclaimer
 from workers.settings import WorkerSettings
 
 __all__ = ["Maintenance"]

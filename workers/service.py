@@ -11,21 +11,23 @@ from typing import Any
 from redis.exceptions import RedisError
 from rq.worker.base import BaseWorker
 
-from queue_api.connection import connect_async
-from workers.checkpoints import Checkpoints
-from workers.commands import listen_for_commands
-from workers.doorbell import Doorbell
-from workers.ends import RareEnds, RQThread
-from workers.engine_loop import Engine, EngineLoop
-from workers.intake import Intake, patiently
-from workers.keeper import Keeper
+from queue_api.connection.connect import connect_async
+from queue_api.store.scripts import Scripts
+from workers.claim.doorbell import Doorbell
+from workers.claim.heartbeat import Keeper
+from workers.claim.intake import Intake
 from workers.leases import Leases
 from workers.maintenance import Maintenance
-from workers.publisher import Publisher
-from workers.reclaim import alone_after
-from workers.rq_handlers import RQHandlers
-from workers.runner import Runner
-from workers.scripts import Scripts
+from workers.patience import patiently
+from workers.rq_side.commands import listen_for_commands
+from workers.rq_side.handlers import RQHandlers
+from workers.rq_side.rare_ends import RareEnds, RQThread
+from workers.rq_side.reclaim import alone_after
+from workers.running.checkpoints import Checkpoints
+from workers.running.engine_loop import Engine, EngineLoop
+from workers.running.publisher import Publisher
+from workers.running.runner import Runner
+from workers.scripts import worker_scripts
 from workers.settings import WorkerSettings
 
 __all__ = ["Service"]
@@ -58,7 +60,7 @@ class Service:
         self._has_failed_engine = False
         self._rq_thread = RQThread()
         self._connection = connect_async(settings.redis_url, 8 + len(worker.queues))
-        self._scripts = Scripts(self._connection)
+        self._scripts = Scripts(self._connection, worker_scripts())
         leases = Leases(
             self._connection,
             self._scripts,

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from engine.config import PartitionStrategy, Quantization
-from queue_api.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
+from queue_api.connection.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
 

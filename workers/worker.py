@@ -13,15 +13,16 @@ from uuid import uuid4
 import redis
 from rq.worker.base import BaseWorker, WorkerStatus
 
-from queue_api.connection import CONNECTION_LOST, check_server, connect, friendly
-from queue_api.jobs import GenerateJob, GenerateQueue
-from workers.engine_loop import Engine
-from workers.engines import load_engine
+from queue_api.connection.connect import check_server, connect
+from queue_api.connection.failures import REDIS_ERRORS, friendly
+from queue_api.store.jobs import GenerateJob, GenerateQueue
 from workers.maintenance import Maintenance
-from workers.process_identity import own_identity
-from workers.reclaim import Reclaimer
-from workers.registration import PROCESS, register
-from workers.rq_handlers import RQHandlers
+from workers.rq_side.handlers import RQHandlers
+from workers.rq_side.process_identity import own_identity
+from workers.rq_side.reclaim import Reclaimer
+from workers.rq_side.registration import PROCESS, register
+from workers.running.engine_loop import Engine
+from workers.running.engines import load_engine
 from workers.service import Service
 from workers.settings import WorkerSettings
 
@@ -95,7 +96,7 @@ class BatchWorker(BaseWorker):
             try:
                 self._maintenance.close()
                 self.register_death()  # type: ignore[no-untyped-call]
-            except CONNECTION_LOST as error:
+            except REDIS_ERRORS as error:
                 logger.warning("couldn't sign off from RQ: %s", error)
 
     async def _serve(self) -> int:

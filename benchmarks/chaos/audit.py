@@ -13,9 +13,9 @@ import redis
 from benchmarks.chaos.clients import read_told
 from benchmarks.chaos.harness import Disturbed, Outcomes
 from benchmarks.chaos.workload import Part
-from queue_api.runs import RunKeys
-from queue_api.schemas import GenerationResult
-from queue_api.store import read_entries
+from queue_api.store.keys import RunKeys
+from queue_api.store.run_store import read_entries
+from queue_api.wire.schemas import GenerationResult
 
 __all__ = ["Audit"]
 

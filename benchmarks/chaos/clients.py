@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from batchmill import Client, GenerationResult
 from benchmarks.chaos.workload import ECHO_QUEUE, Part
-from queue_api import Client, GenerationResult
 
 __all__ = ["read_told"]
 

@@ -20,9 +20,9 @@ import redis
 from benchmarks.chaos.faults import KILLS, Fault, Kind, draw_faults
 from benchmarks.chaos.processes import ROOT, Supervised
 from benchmarks.chaos.workload import DEMO_QUEUE, ECHO_QUEUE, MOST_TOKENS, Part
-from queue_api.connection import connect
-from queue_api.redis_server import EmbeddedRedis
-from queue_api.runs import RunKeys
+from queue_api.connection.connect import connect
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.store.keys import RunKeys
 
 __all__ = ["ChaosSettings", "Disturbed", "StuckError", "disturb", "expected_outcomes"]
 
@@ -167,7 +167,7 @@ class _Chaos:
         return [
             Supervised(
                 f"{queue}-worker-{number}",
-                ["workers", "worker", "--queues", queue, "--model", model],
+                ["batchmill", "worker", "--queues", queue, "--model", model],
                 shared,
                 self._happened.folder / f"{queue}-worker-{number}.log",
                 once=False,
@@ -179,7 +179,7 @@ class _Chaos:
     def _make_client(self, part: Part) -> Supervised:
         rows, output = part.save(self._happened.folder), self._happened.output(part)
         if part.client == "rows":
-            command = ["workers", "run", str(rows), "-o", str(output), "--workers", "0"]
+            command = ["batchmill", "run", str(rows), "-o", str(output), "--workers", "0"]
             command += ["--queue", part.queue, "--run", part.name, "--window", "1024"]
         else:
             command = ["benchmarks.chaos.clients", part.client, str(rows), str(output)]

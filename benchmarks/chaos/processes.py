@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from queue_api.child_process import die_with_parent
+from queue_api.connection.child_process import die_with_parent
 
 __all__ = ["ROOT", "Supervised"]
 

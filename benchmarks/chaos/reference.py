@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from queue_api.errors import RequestError
-from queue_api.submission import as_request
-from workers.engines import load_engine
+from queue_api.client.submission import as_request
+from queue_api.wire.errors import RequestError
+from workers.running.engines import load_engine
 from workers.settings import WorkerSettings
 
 __all__ = ["Outcome"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.job_queue.contest import BARE, JOB_QUEUES, Contestant
-from queue_api.redis_server import EmbeddedRedis
+from queue_api.connection.embedded import EmbeddedRedis
 
 __all__ = ["ChildError", "compare", "goals", "table"]
 

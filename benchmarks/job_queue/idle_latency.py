@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from queue_api import Client, GenerationRequest, QueueSettings
-from queue_api.redis_server import EmbeddedRedis
-from workers.noop_engine import EchoEngine
+from batchmill import Client, GenerationRequest, QueueSettings
+from queue_api.connection.embedded import EmbeddedRedis
+from workers.running.echo_engine import EchoEngine
 
 __all__ = ["measure"]
 
@@ -29,7 +29,7 @@ def measure(count: int) -> dict[str, Any]:
     with EmbeddedRedis() as server:
         model = f"echo:tokens={TOKENS},step_s={STEP_S}"
         worker = subprocess.Popen(
-            [sys.executable, "-m", "workers", "worker", "--model", model],
+            [sys.executable, "-P", "-m", "batchmill", "worker", "--model", model],
             cwd=ROOT,
             env={**os.environ, "REDIS_URL": server.url},
             stderr=subprocess.DEVNULL,

@@ -16,9 +16,9 @@ from typing import Any
 
 import redis
 
-from queue_api import Client, QueueSettings, run_dataset
-from queue_api.connection import connect
-from queue_api.redis_server import EmbeddedRedis
+from batchmill import Client, QueueSettings, run_dataset
+from queue_api.connection.connect import connect
+from queue_api.connection.embedded import EmbeddedRedis
 
 __all__ = ["measure"]
 
@@ -37,7 +37,7 @@ def measure(count: int, num_workers: int = 1) -> dict[str, Any]:
         environment = {**os.environ, "REDIS_URL": server.url, "BATCHMILL_MAX_NUM_SEQS": "256"}
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "workers", "worker", "--model", "echo:"],
+                [sys.executable, "-P", "-m", "batchmill", "worker", "--model", "echo:"],
                 cwd=ROOT,
                 env=environment,
                 stderr=subprocess.DEVNULL,

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from batchmill import Client, QueueSettings
 from benchmarks.job_queue.child import make_prompts
-from queue_api import Client, QueueSettings
-from queue_api.connection import connect
-from queue_api.redis_server import EmbeddedRedis
-from workers.noop_engine import EchoCompletion, EchoEngine
+from queue_api.connection.connect import connect
+from queue_api.connection.embedded import EmbeddedRedis
+from workers.running.echo_engine import EchoCompletion, EchoEngine
 from workers.settings import WorkerSettings
 from workers.worker import BatchWorker
 

@@ -16,7 +16,7 @@ from engine.attention.kv_pool import KVPool, KVShape
 from engine.attention.masks import MaskRule
 from engine.attention.sdpa import SdpaBackend
 from engine.batch import ForwardBatch, Segment
-from queue_api.errors import EngineError
+from queue_api.wire.errors import EngineError
 
 __all__ = ["AttentionMismatchError", "Heads", "check_attention"]
 

@@ -22,7 +22,7 @@ from engine.attention.backend import AttentionBackend, AttentionTask
 from engine.attention.kv_pool import KVPool, KVShape
 from engine.attention.masks import MaskRule, describe_mask
 from engine.batch import ForwardBatch
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 __all__ = [
     "ATTENTION_NAME",

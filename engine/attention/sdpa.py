@@ -16,7 +16,7 @@ from engine.attention.backend import AttentionTask
 from engine.attention.masks import MaskRule
 from engine.batch import ForwardBatch
 from engine.transfer import moved
-from queue_api.errors import EngineError
+from queue_api.wire.errors import EngineError
 
 __all__ = ["SdpaBackend"]
 

@@ -2,7 +2,8 @@
 
 It answers the short questions and tells the short stories of `corpus.py`, and nothing else. It
 is here so that the demo, the tests and the examples run on real text without a download.
-`python -m engine.demo_model.train` makes it again from nothing.
+`python -m engine.demo_model.train` makes it again from nothing. It imports nothing else of the
+house. Begin with corpus.py.
 """
 
 from pathlib import Path

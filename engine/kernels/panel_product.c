@@ -101,8 +101,8 @@ int64_t panel_width(void)
     return PANEL;
 }
 
-/* weight: [outputs, inputs] to panels: [panels, inputs, PANEL], with zeros beyond the outputs. */
-#define PACK(name, number)                                                                        \
+/* weight: [outputs, inputs] to panels: [number of them, inputs, PANEL], with zeros beyond the outputs. */
+#define LAY_OUT(name, number)                                                                        \
     void name(const number *weight, int64_t outputs, int64_t inputs, number *panels,              \
               int num_threads)                                                                    \
     {                                                                                             \
@@ -114,25 +114,25 @@ int64_t panel_width(void)
                     *panel++ = column < outputs ? weight[column * inputs + p] : 0;                \
         }                                                                                         \
     }
-PACK(make_panels, float)
-PACK(make_int8_panels, int8_t)
+LAY_OUT(make_panels, float)
+LAY_OUT(make_int8_panels, int8_t)
 
-/* x: [rows, inputs]; panels as above; scales: [outputs] if panels has int8 numbers, else null; bias:
+/* x: [rows, inputs]; panels as above; scales: [outputs] if they hold int8 numbers, else null; bias:
  * [outputs] or null; out: [rows, outputs]. */
 void multiply(const float *x, int64_t rows, const char *panels, const float *scales,
               const float *bias, float *out, int64_t inputs, int64_t outputs, int num_threads)
 {
     int64_t step = inputs * (int64_t)(scales ? sizeof(int8_t) : sizeof(float));
-    int64_t panels = (outputs + PANEL - 1) / PANEL;
+    int64_t num_panels = (outputs + PANEL - 1) / PANEL;
     int64_t most = CACHED_INPUTS / inputs < MIN_ROWS ? MIN_ROWS : CACHED_INPUTS / inputs;
     int64_t groups = (rows + most - 1) / most, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     /* Rather smaller groups than threads without work. */
-    int64_t wanted = num_threads > 1 ? (4 * num_threads + panels - 1) / panels : 1;
+    int64_t wanted = num_threads > 1 ? (4 * num_threads + num_panels - 1) / num_panels : 1;
     wanted = wanted > tiles ? tiles : wanted;
     groups = groups < wanted ? wanted : groups;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
-    for (int64_t task = 0; task < groups * panels; task++) {
-        int64_t group = task / panels, panel = task % panels;
+    for (int64_t task = 0; task < groups * num_panels; task++) {
+        int64_t group = task / num_panels, panel = task % num_panels;
         int64_t row = rows * group / groups, end = rows * (group + 1) / groups;
         int64_t column = panel * PANEL;
         multiply_panel(x + row * inputs, end - row, inputs, panels + column * step,

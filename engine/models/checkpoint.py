@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from queue_api.errors import ModelNotFoundError
+from queue_api.wire.errors import ModelNotFoundError
 
 __all__ = ["Checkpoint", "layer_of"]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from engine.attention.hook import AttentionCall, CacheWrittenError, attending, current_call
 from engine.transfer import moved
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 __all__ = ["LastLayer"]
 

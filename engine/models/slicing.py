@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine.models.checkpoint import Checkpoint, layer_of
 from engine.plan import StageSpec
-from queue_api.errors import BatchmillError, ModelNotFoundError, UnsupportedModelError
+from queue_api.wire.errors import BatchmillError, ModelNotFoundError, UnsupportedModelError
 
 __all__ = [
     "Absent",

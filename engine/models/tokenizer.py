@@ -9,8 +9,12 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from engine.models.checkpoint import Checkpoint
-from queue_api.errors import InvalidRequestError, UnsupportedModelError, UnsupportedRequestError
-from queue_api.schemas import GenerationRequest
+from queue_api.wire.errors import (
+    InvalidRequestError,
+    UnsupportedModelError,
+    UnsupportedRequestError,
+)
+from queue_api.wire.schemas import GenerationRequest
 
 __all__ = ["Tokenizer"]
 

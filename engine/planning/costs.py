@@ -18,7 +18,7 @@ from engine.planning.memory import CACHE_SHARE, available_bytes
 from engine.planning.partition import DeviceCosts, plan_partition
 from engine.planning.sizes import ModelSizes, Part
 from engine.weights.layout import can_lay_out
-from queue_api.errors import PartitionError
+from queue_api.wire.errors import PartitionError
 
 __all__ = [
     "DECODE",

@@ -33,7 +33,7 @@ from engine.planning.sizes import ModelSizes
 from engine.stages.stage import Stage
 from engine.weights.format import AS_PUBLISHED, WeightFormat
 from engine.weights.layout import can_lay_out, lay_out_linears
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 __all__ = ["MeasuredStage", "device_speed", "measure_stages", "speed_of_layers"]
 

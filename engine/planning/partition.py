@@ -17,7 +17,7 @@ from typing import Literal
 
 from engine.config import PartitionStrategy
 from engine.plan import PartitionPlan, StageSpec
-from queue_api.errors import PartitionError
+from queue_api.wire.errors import PartitionError
 
 __all__ = ["DeviceCosts", "plan_partition", "uniform_bounds"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.models.checkpoint import Checkpoint, layer_of
 from engine.plan import StageSpec
-from queue_api.errors import ModelNotFoundError
+from queue_api.wire.errors import ModelNotFoundError
 
 __all__ = ["ModelSizes", "Part"]
 

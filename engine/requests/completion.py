@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from queue_api.schemas import FinishReason, StructuredOutputStatus, TokenLogprobs
+from queue_api.wire.schemas import FinishReason, StructuredOutputStatus, TokenLogprobs
 
 __all__ = ["Completion"]
 

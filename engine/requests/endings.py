@@ -9,7 +9,7 @@ from engine.models.tokenizer import Tokenizer
 from engine.requests.completion import Completion
 from engine.requests.sequence import Sequence
 from engine.sampling.logprobs import described
-from queue_api.schemas import FinishReason, TokenLogprobs
+from queue_api.wire.schemas import FinishReason, TokenLogprobs
 
 __all__ = ["Ending", "complete", "ending_of", "fail"]
 

@@ -13,7 +13,7 @@ from engine.batch import CacheCopy
 from engine.sampling.logits import LogitsChange, SamplingRow
 from engine.sampling.logprobs import Chosen
 from engine.sampling.structured import GrammarState
-from queue_api.schemas import SamplingParams
+from queue_api.wire.schemas import SamplingParams
 
 __all__ = ["Sequence", "seed_from_key"]
 

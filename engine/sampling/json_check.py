@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from queue_api.errors import InvalidRequestError
+from queue_api.wire.errors import InvalidRequestError
 
 __all__ = ["JsonCheck"]
 

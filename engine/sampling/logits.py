@@ -19,8 +19,8 @@ import torch
 from engine.models.tokenizer import Tokenizer
 from engine.sampling.structured import GrammarState
 from engine.transfer import moved
-from queue_api.errors import InvalidRequestError
-from queue_api.schemas import SamplingParams
+from queue_api.wire.errors import InvalidRequestError
+from queue_api.wire.schemas import SamplingParams
 
 __all__ = ["LogitsChange", "SamplingRow", "change_logits"]
 

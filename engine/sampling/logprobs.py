@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.models.tokenizer import Tokenizer
-from queue_api.schemas import TokenLogprob, TokenLogprobs
+from queue_api.wire.schemas import TokenLogprob, TokenLogprobs
 
 __all__ = ["Chosen", "chosen_among", "described", "logprobs_of"]
 

@@ -20,8 +20,8 @@ import torch
 from engine.models.tokenizer import Tokenizer
 from engine.sampling.json_check import JsonCheck
 from engine.transfer import moved
-from queue_api.errors import InvalidRequestError, UnsupportedRequestError
-from queue_api.schemas import StructuredOutputs, StructuredOutputStatus
+from queue_api.wire.errors import InvalidRequestError, UnsupportedRequestError
+from queue_api.wire.schemas import StructuredOutputs, StructuredOutputStatus
 
 __all__ = ["Grammar", "GrammarState", "Grammars"]
 

@@ -23,7 +23,7 @@ from engine.stages.stage import Mode, Stage
 from engine.weights.format import AS_PUBLISHED, WeightFormat
 from engine.weights.fused_layers import fuse_layers
 from engine.weights.layout import can_lay_out, lay_out_linears
-from queue_api.errors import EngineError, UnsupportedModelError
+from queue_api.wire.errors import EngineError, UnsupportedModelError
 
 __all__ = ["load_stage"]
 

@@ -20,7 +20,7 @@ import torch
 
 from engine.batch import BatchOutOfMemoryError, ForwardBatch
 from engine.stages.stage import Stage
-from queue_api.errors import EngineError
+from queue_api.wire.errors import EngineError
 
 __all__ = ["InlinePipeline", "Pipeline", "StageTrace", "ThreadedPipeline"]
 

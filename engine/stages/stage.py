@@ -26,7 +26,7 @@ from engine.models.slicing import find_layers, forward_parameters
 from engine.plan import StageSpec
 from engine.stages.decode_graphs import DecodeGraphs, capture_for
 from engine.transfer import moved
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 __all__ = ["Mode", "Stage"]
 

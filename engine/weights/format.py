@@ -16,7 +16,7 @@ from engine.config import Quantization
 from engine.models.slicing import find_layers, model_without_weights
 from engine.weights.int8 import is_plain_linear, round_linears
 from engine.weights.layout import lays_out_int8
-from queue_api.errors import UnsupportedModelError
+from queue_api.wire.errors import UnsupportedModelError
 
 __all__ = ["AS_PUBLISHED", "WeightFormat", "weight_format"]
 

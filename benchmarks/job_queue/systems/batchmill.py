@@ -8,10 +8,10 @@ import signal
 import threading
 import time
 
-from queue_api import Client, QueueSettings
-from queue_api.connection import connect
-from queue_api.runs import RunKeys
-from workers.noop_engine import EchoEngine
+from batchmill import Client, QueueSettings
+from queue_api.connection.connect import connect
+from queue_api.store.keys import RunKeys
+from workers.running.echo_engine import EchoEngine
 from workers.settings import WorkerSettings
 from workers.worker import BatchWorker
 

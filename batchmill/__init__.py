@@ -1,0 +1,180 @@
+"""Batch text generation: prompts on a Redis queue, a partitioned engine in every worker.
+
+    from batchmill import Client, SyncClient, SamplingParams
+
+This is all of the API; nothing of it needs torch. The tree of errors stands in
+`queue_api/wire/errors.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from queue_api.client.client import Client
+    from queue_api.client.run import Run
+    from queue_api.client.sync_client import (
+        SyncClient,
+        SyncRun,
+    )
+    from queue_api.connection.settings import QueueSettings
+    from queue_api.datasets.run import run_dataset
+    from queue_api.datasets.summary import (
+        Progress,
+        RunSummary,
+    )
+    from queue_api.store.runs import RunStatus
+    from queue_api.wire.errors import (
+        BatchmillError,
+        ConfigurationError,
+        DatasetError,
+        DuplicateRequestError,
+        EngineError,
+        GenerationFailedError,
+        InvalidRequestError,
+        MaxTokensTooLargeError,
+        MissingExtraError,
+        ModelNotFoundError,
+        PartitionError,
+        PromptTooLongError,
+        QueueFullError,
+        RedisAccessError,
+        RedisAuthError,
+        RedisServerError,
+        RedisUnavailableError,
+        RequestError,
+        RequestOutOfMemoryError,
+        RequestTooLargeError,
+        RunIncompleteError,
+        RunNotFoundError,
+        UnsupportedModelError,
+        UnsupportedRequestError,
+    )
+    from queue_api.wire.sampling import SamplingParams
+    from queue_api.wire.sampling_fields import SamplingFields
+    from queue_api.wire.schemas import (
+        ChatMessage,
+        CompletionOutput,
+        ErrorDetail,
+        FinishReason,
+        GenerationRequest,
+        GenerationResult,
+        JobTimings,
+        StructuredOutputStatus,
+        TokenLogprob,
+        TokenLogprobs,
+    )
+    from queue_api.wire.structured_outputs import StructuredOutputs
+
+__all__ = [
+    "BatchmillError",
+    "ChatMessage",
+    "Client",
+    "CompletionOutput",
+    "ConfigurationError",
+    "DatasetError",
+    "DuplicateRequestError",
+    "EngineError",
+    "ErrorDetail",
+    "FinishReason",
+    "GenerationFailedError",
+    "GenerationRequest",
+    "GenerationResult",
+    "InvalidRequestError",
+    "JobTimings",
+    "MaxTokensTooLargeError",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "PartitionError",
+    "Progress",
+    "PromptTooLongError",
+    "QueueFullError",
+    "QueueSettings",
+    "RedisAccessError",
+    "RedisAuthError",
+    "RedisServerError",
+    "RedisUnavailableError",
+    "RequestError",
+    "RequestOutOfMemoryError",
+    "RequestTooLargeError",
+    "Run",
+    "RunIncompleteError",
+    "RunNotFoundError",
+    "RunStatus",
+    "RunSummary",
+    "SamplingFields",
+    "SamplingParams",
+    "StructuredOutputStatus",
+    "StructuredOutputs",
+    "SyncClient",
+    "SyncRun",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "UnsupportedModelError",
+    "UnsupportedRequestError",
+    "run_dataset",
+]
+
+_HOMES = {
+    "queue_api.client.client": ["Client"],
+    "queue_api.client.run": ["Run"],
+    "queue_api.client.sync_client": ["SyncClient", "SyncRun"],
+    "queue_api.connection.settings": ["QueueSettings"],
+    "queue_api.datasets.run": ["run_dataset"],
+    "queue_api.datasets.summary": ["Progress", "RunSummary"],
+    "queue_api.store.runs": ["RunStatus"],
+    "queue_api.wire.errors": [
+        "BatchmillError",
+        "ConfigurationError",
+        "DatasetError",
+        "DuplicateRequestError",
+        "EngineError",
+        "GenerationFailedError",
+        "InvalidRequestError",
+        "MaxTokensTooLargeError",
+        "MissingExtraError",
+        "ModelNotFoundError",
+        "PartitionError",
+        "PromptTooLongError",
+        "QueueFullError",
+        "RedisAccessError",
+        "RedisAuthError",
+        "RedisServerError",
+        "RedisUnavailableError",
+        "RequestError",
+        "RequestOutOfMemoryError",
+        "RequestTooLargeError",
+        "RunIncompleteError",
+        "RunNotFoundError",
+        "UnsupportedModelError",
+        "UnsupportedRequestError",
+    ],
+    "queue_api.wire.sampling": ["SamplingParams"],
+    "queue_api.wire.sampling_fields": ["SamplingFields"],
+    "queue_api.wire.schemas": [
+        "ChatMessage",
+        "CompletionOutput",
+        "ErrorDetail",
+        "FinishReason",
+        "GenerationRequest",
+        "GenerationResult",
+        "JobTimings",
+        "StructuredOutputStatus",
+        "TokenLogprob",
+        "TokenLogprobs",
+    ],
+    "queue_api.wire.structured_outputs": ["StructuredOutputs"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command starts without what it doesn't need."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

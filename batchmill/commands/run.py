@@ -1,0 +1,110 @@
+"""`batchmill run`: a file of prompts to a file of answers, on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from batchmill.commands.engine_options import EngineFlags, worker_engine_options
+from batchmill.commands.options import (
+    ChunkSize,
+    QueueName,
+    RedisUrl,
+    RunId,
+    Stopped,
+    run_async,
+    sampling_options,
+)
+from batchmill.offline.offline import OfflineRun, run_offline
+from batchmill.offline.report import sample_table, summary_table
+from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import DEFAULT_WINDOW
+from queue_api.wire.schemas import SamplingParams
+from workers.running.engines import engine_config
+from workers.settings import WorkerSettings
+
+__all__ = ["run"]
+
+
+@sampling_options
+@worker_engine_options
+def run(
+    input: Annotated[  # noqa: A002 - the name shown in the help
+        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
+    ],
+    *,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
+    ],
+    sampling: SamplingParams,
+    engine: EngineFlags,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
+    ] = 1,
+    run: RunId = None,
+    queue: QueueName = None,
+    chunk_size: ChunkSize = None,
+    window: Annotated[
+        int, typer.Option(min=1, help="Requests that may be in Redis at a time.")
+    ] = DEFAULT_WINDOW,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show at the end.")] = 0,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
+
+    Each row is written once. Broken off, the same command goes on where it stopped. The
+    workers serve a queue of the run's own unless --queue names one.
+    """
+    # Read here as the workers will: what is wrong is said once and before anything starts.
+    settings = WorkerSettings.load(**engine)
+    engine_config(settings)
+    flags = engine | {
+        "model": settings.model,
+        "num_threads": settings.num_threads or _threads_each(workers),
+    }
+    environment = {"BATCHMILL_LOG_LEVEL": os.environ.get("BATCHMILL_LOG_LEVEL", "warning")}
+    environment |= {
+        f"BATCHMILL_{name.upper()}": str(value)
+        for name, value in flags.items()
+        if value is not None
+    }
+    console = Console(stderr=True)
+    job = OfflineRun(
+        input=input,
+        output=output,
+        redis_url=_given_redis_url(redis_url),
+        defaults=sampling,
+        num_workers=workers,
+        worker_environment=environment,
+        run=run,
+        queue=queue,
+        chunk_size=chunk_size,
+        window=window,
+    )
+    try:
+        summary = run_async(run_offline(job, console))
+    except Stopped:
+        if output != "-":
+            console.print("broken off; the same command goes on where this one stopped")
+        raise
+    if show and output != "-":
+        console.print(sample_table(Path(output), show))
+    console.print(summary_table(summary))
+
+
+def _given_redis_url(flag: str | None) -> str | None:
+    """The address that a flag or the environment names; None if neither does."""
+    settings = QueueSettings.load(redis_url=flag)
+    return settings.redis_url if "redis_url" in settings.model_fields_set else None
+
+
+def _threads_each(num_workers: int) -> int | None:
+    """This machine's cores shared out among its workers: more threads than cores fight."""
+    if not num_workers:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // num_workers)

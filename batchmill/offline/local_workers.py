@@ -1,0 +1,146 @@
+"""Worker processes on this machine: started, watched, restarted within bounds, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+from queue_api.connection.child_process import (
+    child_environment,
+    die_with_parent,
+    python_module,
+)
+from queue_api.wire.errors import ConfigurationError, RunIncompleteError
+
+__all__ = ["ClusterError", "LocalCluster"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_USAGE = 2
+"""A worker that ends so was set up wrongly: starting it again would change nothing."""
+_KEPT_LINES = 20
+
+
+class ClusterError(RunIncompleteError):
+    """No worker is left, and starting more of them is no use."""
+
+
+class LocalCluster:
+    """`num_workers` processes of `batchmill worker`; use as an async context manager.
+
+    A worker that dies is started again, `max_restarts` times in all per place. Its other end,
+    whatever it had claimed, is the queue's business: leases run out and others take over.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        environment: Mapping[str, str],
+        *,
+        arguments: Sequence[str] = (),
+        max_restarts: int = 3,
+        stop_timeout_s: float = 30.0,
+        on_line: Callable[[str], None] | None = None,
+    ) -> None:
+        self.num_workers = num_workers
+        self._environment = child_environment(environment)
+        self._command = python_module("batchmill", "worker", *arguments)
+        self._max_restarts = max_restarts
+        self._stop_timeout_s = stop_timeout_s
+        self._on_line = on_line
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._stopping = asyncio.Event()
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._watchers = [
+            asyncio.create_task(self._keep_alive(place)) for place in range(self.num_workers)
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run now."""
+        return [process.pid for process in self._processes.values() if process.returncode is None]
+
+    async def watch(self) -> None:
+        """Return when stopped.
+
+        :raises ClusterError: when no worker is left that could be started again
+        :raises ConfigurationError: when a worker refuses its settings, in its words
+        """
+        if self._watchers:
+            # not gather: who gives up this wait mustn't cancel the watchers
+            ended, _ = await asyncio.wait(self._watchers, return_when=asyncio.FIRST_EXCEPTION)
+            for watcher in ended:
+                watcher.result()
+        if not self._stopping.is_set():
+            raise ClusterError(
+                f"all {self.num_workers} workers ended, {self._max_restarts} restarts each were of "
+                f"no use; the last one said: {self._last_words('nothing')}"
+            )
+
+    async def stop(self) -> None:
+        """Drain the workers (SIGTERM); kill those that take longer than `stop_timeout_s`."""
+        self._stopping.set()
+        self._signal_all(signal.SIGTERM)
+        if not self._watchers:
+            return
+        _, late = await asyncio.wait(self._watchers, timeout=self._stop_timeout_s)
+        if late:
+            logger.warning("%d workers didn't end in %.0f s", len(late), self._stop_timeout_s)
+            self._signal_all(signal.SIGKILL)
+        # looked at here, for `watch` raises the first of their errors only
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+    def _last_words(self, otherwise: str) -> str:
+        last = self._last_lines[-1] if self._last_lines else otherwise
+        return last.removeprefix("batchmill: ")
+
+    def _signal_all(self, signum: signal.Signals) -> None:
+        for process in self._processes.values():
+            if process.returncode is None:
+                process.send_signal(signum)
+
+    async def _keep_alive(self, place: int) -> None:
+        """Run one worker after another in this place until stopped or out of restarts."""
+        for start in range(self._max_restarts + 1):
+            if self._stopping.is_set():
+                return
+            code = await self._run_once(place)
+            if self._stopping.is_set():
+                return
+            if code == EXIT_USAGE:
+                raise ConfigurationError(self._last_words("a worker refused its settings"))
+            left = self._max_restarts - start
+            logger.warning("worker %d ended with code %s; %d restarts left", place, code, left)
+
+    async def _run_once(self, place: int) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env=self._environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            # A terminal's Ctrl-C goes to the whole group; workers are to be told by us alone.
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+        self._processes[place] = process
+        if self._stopping.is_set():
+            process.terminate()
+        assert process.stderr is not None
+        async for raw in process.stderr:
+            line = raw.decode(errors="replace").rstrip()
+            self._last_lines.append(line)
+            if self._on_line is not None:
+                self._on_line(line)
+        return await process.wait()

@@ -1,0 +1,166 @@
+"""`batchmill run`: a file of prompts to a file of answers on this machine, in one command.
+
+It starts what is missing (Redis, workers), feeds and collects through the queue like anyone
+else, and stops what it started. All that must survive a crash is the output file: the same
+command again goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+from rich.console import Console
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
+
+from batchmill.offline.local_workers import LocalCluster
+from batchmill.offline.report import progress_display
+from queue_api.client.client import Client
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import DEFAULT_WINDOW, dataset_run_id, run_dataset
+from queue_api.datasets.summary import Progress, RunSummary
+from queue_api.store.jobs import GenerateQueue
+from queue_api.store.run_store import RunStore
+from queue_api.wire.errors import ConfigurationError
+from queue_api.wire.schemas import SamplingParams
+from workers.running.engines import require_packages
+
+__all__ = ["OfflineRun", "run_offline"]
+
+LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """What one `batchmill run` is to do."""
+
+    input: str
+    output: str
+    redis_url: str | None
+    """None: start a private one."""
+    defaults: SamplingParams
+    num_workers: int = 1
+    """0: leave the work to workers that serve `queue` already."""
+    worker_environment: dict[str, str] = field(default_factory=dict)
+    """BATCHMILL_* for the workers: model, stages, …"""
+    run: str | None = None
+    queue: str | None = None
+    """None: one of this run's own, so that no worker with another model serves it."""
+    chunk_size: int | None = None
+    window: int = DEFAULT_WINDOW
+    """Requests that may be in Redis at a time."""
+
+
+async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
+    """Do the whole job; progress and the workers' words go to `console`.
+
+    :raises BatchmillError: the input, the model, Redis or all workers can't be used
+    """
+    _check(job)
+    with _redis(job.redis_url) as redis_url, progress_display(console) as display:
+        run = job.run or dataset_run_id(job.input, job.output, job.defaults)
+        queue = job.queue or f"run-{run}"
+        environment = {
+            **job.worker_environment,
+            "BATCHMILL_REDIS_URL": redis_url,
+            "BATCHMILL_QUEUES": queue,
+        }
+        settings = QueueSettings.load(redis_url=redis_url, queue=queue)
+        cluster = LocalCluster(
+            job.num_workers, environment, on_line=lambda line: _show(console, line)
+        )
+        async with Client(settings=settings) as client:
+            await client.store.connect()
+            async with cluster:
+                generation = asyncio.create_task(_generate(job, client, run, display.update))
+                summary = await _unless_cluster_ends(generation, cluster)
+            if job.queue is None:
+                await asyncio.to_thread(_forget_queue, client.store.rq_connection, queue)
+            return summary
+
+
+async def _generate(
+    job: OfflineRun, client: Client, run: str, on_progress: Callable[[Progress], None]
+) -> RunSummary:
+    if job.num_workers:
+        # Nothing is on the queue, and no output file there, until a worker has loaded its model:
+        # one that refuses its settings leaves no trace. Nor does loading count as queue time.
+        await _until_served(client.store, client.settings.queue)
+    return await run_dataset(
+        client,
+        job.input,
+        job.output,
+        defaults=job.defaults,
+        run=run,
+        chunk_size=job.chunk_size,
+        window=job.window,
+        on_progress=on_progress,
+    )
+
+
+async def _until_served(store: RunStore, queue: str) -> None:
+    """Wait until a worker has registered for the queue."""
+    key = WORKERS_BY_QUEUE_KEY % queue
+    while not await store.call(lambda: store.redis.scard(key)):  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_EVERY_S)  # RQ tells of a worker's birth nowhere but there
+
+
+def _forget_queue(connection: redis.Redis, name: str) -> None:
+    """Take a finished run's own queue out of RQ's lists, unless jobs of it failed."""
+    queue = GenerateQueue(name, connection=connection, serializer="json")
+    if not queue.failed_job_registry.get_job_count(cleanup=False):
+        connection.delete(queue.finished_job_registry.key, WORKERS_BY_QUEUE_KEY % name)
+        queue.delete(delete_jobs=False)
+
+
+def _show(console: Console, line: str) -> None:
+    """A line of a worker's, but for its last words: those become the run's own error."""
+    if not line.startswith("batchmill: "):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+async def _unless_cluster_ends(
+    generation: asyncio.Task[RunSummary], cluster: LocalCluster
+) -> RunSummary:
+    """The generation's outcome; the cluster's error if all its workers end for good before."""
+    if not cluster.num_workers:
+        return await generation
+    watch = asyncio.create_task(cluster.watch())
+    try:
+        await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not generation.done():
+            await watch
+        return await generation
+    finally:
+        for task in (watch, generation):
+            task.cancel()
+        await asyncio.gather(watch, generation, return_exceptions=True)
+
+
+@contextmanager
+def _redis(url: str | None) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    with EmbeddedRedis() as server:
+        yield server.url
+
+
+def _check(job: OfflineRun) -> None:
+    """Find at once what would otherwise show up only after workers and Redis have started."""
+    if job.input != "-" and not Path(job.input).is_file():
+        raise ConfigurationError(f"no input file {job.input!r}")
+    if job.output != "-" and not Path(job.output).absolute().parent.is_dir():
+        raise ConfigurationError(f"no folder for the output file {job.output!r}")
+    if not job.num_workers:
+        if job.redis_url is None or job.queue is None:
+            raise ConfigurationError(
+                "--workers 0 leaves the work to others: name their --redis-url and --queue"
+            )
+        return
+    require_packages(job.worker_environment["BATCHMILL_MODEL"])

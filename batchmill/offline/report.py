@@ -1,0 +1,157 @@
+"""What `batchmill run` shows on stderr: progress, then a summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from queue_api.datasets.summary import Progress, Quantiles, RunSummary
+
+__all__ = ["ProgressDisplay", "progress_display", "sample_table", "summary_table"]
+
+PLAIN_EVERY_S = 5.0
+"""Without a terminal, a line so often."""
+
+
+class ProgressDisplay(Protocol):
+    """Shows how far a run is."""
+
+    def update(self, progress: Progress) -> None: ...
+
+
+@contextmanager
+def progress_display(console: Console) -> Iterator[ProgressDisplay]:
+    """A live bar on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield _PlainLines(console)
+        return
+    with RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows  {task.fields[speed]}  {task.fields[left]}"),
+        console=console,
+    ) as bar:
+        yield _LiveBar(bar)
+
+
+def _tokens_per_s(progress: Progress) -> float:
+    return progress.completion_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
+
+
+def _time_left(progress: Progress) -> str:
+    """From the rows done since this process began; nothing where there are none to tell by."""
+    new = progress.done - progress.resumed
+    if progress.total is None or not new:
+        return ""
+    left_s = round((progress.total - progress.done) * progress.elapsed_s / new)
+    return f"  ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+
+
+class _LiveBar:
+    def __init__(self, bar: RichProgress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting workers", total=None, speed="", left="")
+
+    def update(self, progress: Progress) -> None:
+        self._bar.update(
+            self._task,
+            description="generating" if progress.done else "starting workers",
+            completed=progress.done,
+            total=progress.total,
+            speed=f"{_tokens_per_s(progress):,.0f} tokens/s",
+            left=(_time_left(progress) + _errors(progress)).lstrip(),
+        )
+
+
+class _PlainLines:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._due_at = 0.0
+        self._finished = False
+
+    def update(self, progress: Progress) -> None:
+        finished = progress.total is not None and progress.done >= progress.total
+        if self._finished or (time.monotonic() < self._due_at and not finished):
+            return
+        self._finished = finished
+        self._due_at = time.monotonic() + PLAIN_EVERY_S
+        total = "?" if progress.total is None else progress.total
+        self._console.print(
+            f"{progress.done}/{total} rows  {_tokens_per_s(progress):,.0f} tokens/s"
+            + _time_left(progress)
+            + _errors(progress),
+            highlight=False,
+        )
+
+
+def _errors(progress: Progress) -> str:
+    return f"  {progress.errors} errors" if progress.errors else ""
+
+
+def summary_table(summary: RunSummary) -> Table:
+    """Counts of this process's work, and median and 99th percentile of the rows' times."""
+    table = Table(title=f"run {summary.run}", title_justify="left")
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column("p99", justify="right")
+    table.add_row("rows", f"{summary.rows:,}", "")
+    if summary.resumed:
+        table.add_row("rows written before", f"{summary.resumed:,}", "")
+    table.add_row("errors", f"{summary.errors:,}", "")
+    if summary.cancelled:
+        table.add_row("cancelled", f"{summary.cancelled:,}", "")
+    table.add_row("prompt tokens", f"{summary.prompt_tokens:,}", "")
+    table.add_row("generated tokens", f"{summary.completion_tokens:,}", "")
+    table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}", "")
+    table.add_row("elapsed", f"{summary.elapsed_s:.1f} s", "", end_section=True)
+    times: list[tuple[str, Quantiles]] = [
+        ("queue", summary.queue_s),
+        ("time to first token", summary.time_to_first_token_s),
+        ("decode", summary.decode_s),
+        ("total", summary.total_s),
+    ]
+    for name, quantiles in times:
+        table.add_row(name, _seconds(quantiles.median), _seconds(quantiles.p99))
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f} s"
+
+
+def sample_table(output: Path, count: int) -> Table:
+    """`count` rows of an output file, spread over it."""
+    table = Table("id", "prompt", "text", "finish", title="samples", title_justify="left")
+    lines = output.read_bytes().splitlines()
+    step = max(1, len(lines) // count)
+    for line in lines[::step][:count]:
+        row = json.loads(line)
+        table.add_row(
+            escape(str(row["id"])),
+            escape(_shorten(_prompt_of(row))),
+            escape(_shorten(row["text"] or str((row["error"] or {}).get("message", "")))),
+            row["finish_reason"],
+        )
+    return table
+
+
+def _prompt_of(row: dict[str, Any]) -> str:
+    if row.get("messages"):
+        return str(row["messages"][-1].get("content", ""))
+    return str(row.get("prompt", ""))
+
+
+def _shorten(text: str, limit: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,188 @@
+"""One connection that waits for the results of all runs a client listens to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, cast
+from uuid import uuid4
+
+from queue_api.connection.connect import LONGEST_BLOCK_S
+from queue_api.connection.failures import REDIS_ERRORS, friendly, is_passing
+from queue_api.store.keys import RunKeys, wake_key
+from queue_api.store.run_store import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    READ_AT_ONCE,
+    Entry,
+    RunStore,
+    cancellations,
+    read_entries,
+)
+
+__all__ = ["ResultReader", "Subscription", "stream_order"]
+
+logger = logging.getLogger(__name__)
+
+MOST_UNREAD = 4000
+"""A stream whose results nobody takes is left alone from here on."""
+WAKE_TTL_S = 60
+CANCEL_AGAIN_S = 0.1
+
+
+class Subscription:
+    """The results of one run from some point on, in completion order."""
+
+    def __init__(self, reader: ResultReader, run: str, after: str) -> None:
+        self.run = run
+        self.last = after
+        """Id of the last entry taken."""
+        self._reader = reader
+        self.fetched = after
+        """Id of the last entry that is here, taken or not."""
+        self._unread: list[Entry] = []
+        self._news = asyncio.Event()
+        self._error: Exception | None = None
+
+    async def take(self, timeout_s: float) -> list[Entry]:
+        """What has come, once there is something; empty after the timeout.
+
+        :raises RedisAccessError: the server refuses us
+        """
+        if not self._unread and self._error is None:
+            # not wait_for: that of Python 3.11 may swallow a cancellation
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._news.wait()
+        if not self._unread and self._error is not None:
+            raise self._error
+        entries, self._unread = self._unread, []
+        self._news.clear()
+        if entries:
+            self.last = entries[-1][0]
+        if len(entries) >= MOST_UNREAD:
+            await self._reader.wake()
+        return entries
+
+    def poke(self) -> None:
+        """Let `take` return now, with what there is."""
+        self._news.set()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._reader.drop(self)
+
+    @property
+    def full(self) -> bool:
+        return len(self._unread) >= MOST_UNREAD
+
+    def feed(self, items: list[Any]) -> None:
+        """Take entries of the stream that were read from here or further back."""
+        behind = stream_order(self.fetched)
+        new = [item for item in items if stream_order(item[0].decode()) > behind]
+        if new:
+            self._unread += read_entries(new)
+            self.fetched = new[-1][0].decode()
+            self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._news.set()
+
+
+class ResultReader:
+    """Reads the streams of all subscriptions with one XREAD that blocks until there is news.
+
+    The read also covers a stream of the reader's own, which lasts a minute: an entry there wakes
+    it when a subscription comes or has room again.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self._subscriptions: set[Subscription] = set()
+        self._wake_key = wake_key(uuid4().hex)
+        self._wake_after: str = "0"
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def subscribe(self, run: str, after: str = "0") -> Subscription:
+        """Listen to a run, from behind the entry `after`; "0" is the start."""
+        subscription = Subscription(self, run, after)
+        self._subscriptions.add(subscription)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._read_on(), name="batchmill result reader")
+        else:
+            await self.wake()
+        return subscription
+
+    def drop(self, subscription: Subscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    async def wake(self) -> None:
+        """Make the blocked read begin again, with the streams that count now."""
+        self._changed.set()
+
+        async def talk() -> list[Any]:
+            async with self._store.redis.pipeline(transaction=False) as pipe:
+                pipe.xadd(self._wake_key, {"wake": "1"}, maxlen=1, approximate=False)
+                pipe.expire(self._wake_key, WAKE_TTL_S)
+                return await pipe.execute()
+
+        await self._store.call(talk)
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            task.cancel()
+            # more than once: see `cancellations`
+            await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+
+    async def _read_on(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not cancellations():
+            try:
+                await self._read_once()
+                pause_s = FIRST_PAUSE_S
+            except REDIS_ERRORS as error:
+                if not is_passing(error):
+                    self._fail(error)
+                    return
+                logger.warning("Redis is away while results are waited for (%s)", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _fail(self, error: Exception) -> None:
+        for subscription in self._subscriptions:
+            subscription.fail(friendly(error, self._store.settings.redis_url))
+
+    async def _read_once(self) -> None:
+        self._changed.clear()
+        by_key: dict[str, list[Subscription]] = {}
+        for subscription in self._subscriptions:
+            if not subscription.full:
+                by_key.setdefault(RunKeys.of(subscription.run).results, []).append(subscription)
+        if not by_key:
+            await self._changed.wait()
+            return
+        # one stream may have several readers; it is read from behind the slowest of them
+        streams = {
+            key: min((s.fetched for s in on), key=stream_order) for key, on in by_key.items()
+        }
+        got = await self._store.redis.xread(
+            cast("Any", {**streams, self._wake_key: self._wake_after}),
+            count=READ_AT_ONCE,
+            block=int(LONGEST_BLOCK_S / 2 * 1000),
+        )
+        for raw_key, items in cast("list[tuple[bytes, list[Any]]]", got or []):
+            key = raw_key.decode()
+            if key == self._wake_key:
+                self._wake_after = items[-1][0].decode()
+            for subscription in by_key.get(key, []):
+                subscription.feed(items)
+
+
+def stream_order(entry_id: str) -> tuple[int, int]:
+    """What orders the ids of stream entries."""
+    milliseconds, _, number = entry_id.partition("-")
+    return int(milliseconds), int(number or 0)

@@ -1,0 +1,194 @@
+"""What producers hand in, made into numbered, checked requests of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from typing import Any
+
+from queue_api.client.chunk_writer import ChunkWriter
+from queue_api.store.jobs import request_from_fields, request_json
+from queue_api.store.run_store import RunStore
+from queue_api.wire.errors import DuplicateRequestError, InvalidRequestError, RequestError
+from queue_api.wire.sampling import own_names
+from queue_api.wire.schemas import MAX_ID_CHARS, GenerationRequest, GenerationResult, SamplingParams
+
+__all__ = ["RequestLike", "Requests", "Submission", "as_request", "fingerprint", "request_id"]
+
+RequestLike = GenerationRequest | Mapping[str, Any] | str | GenerationResult
+"""A request, its fields with the sampling fields flat among them, or just a prompt; or the result
+of one that ended before it began, such as a row that can't be read."""
+Requests = Iterable[RequestLike] | AsyncIterable[RequestLike]
+Item = GenerationRequest | GenerationResult
+
+HEAD = 32
+"""So many requests tell at once whether a run id is used again for something else."""
+
+
+def as_request(
+    given: object, index: int, defaults: SamplingParams | None = None
+) -> GenerationRequest:
+    """Check a request as producers write it; its id is its index unless it has one.
+
+    :raises InvalidRequestError: unknown field, wrong type, out of range
+    """
+    if isinstance(given, GenerationRequest):
+        return given
+    if isinstance(given, str):
+        given = {"prompt": given}
+    if not isinstance(given, Mapping):
+        raise InvalidRequestError(f"a request is an object or a text, not {given!r:.60}")
+    fields: dict[str, object] = {"id": str(index), **given}
+    if defaults is not None and "sampling" not in fields:
+        fields = {**defaults.model_dump(exclude_unset=True), **own_names(fields)}
+    return request_from_fields(fields)
+
+
+def request_id(given: object, index: int) -> str:
+    """The id of a request that may be wrong in every way; its index if it has no good one."""
+    known = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
+    return known if isinstance(known, str) and 0 < len(known) <= MAX_ID_CHARS else str(index)
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """Tells requests from others; the same for the same, in any process."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in items:
+        digest.update(_item_json(item) + b"\n")
+    return digest.hexdigest()
+
+
+def _item_json(item: Item) -> bytes:
+    if isinstance(item, GenerationRequest):
+        return request_json(item)
+    return item.model_dump_json(exclude_defaults=True).encode()
+
+
+class Submission:
+    """One act of submitting a run. Doing it again after a crash makes nothing twice."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        run: str,
+        *,
+        queue: str,
+        chunk_size: int,
+        defaults: SamplingParams | None,
+        wait_when_full: bool,
+    ) -> None:
+        self._store = store
+        self._run = run
+        self._queue = queue
+        self._chunk_size = chunk_size
+        self._defaults = defaults
+        self._wait_when_full = wait_when_full
+        self.ids: list[str] = []
+        """By index."""
+        self._places: dict[str, int] = {}
+        self._content = hashlib.blake2b(digest_size=16)
+        self._writer: ChunkWriter | None = None
+        self._head: list[Item] = []
+        self._only: frozenset[int] | None = None
+        self._known_total: int | None = None
+
+    async def run(self, requests: Requests, only: frozenset[int] | None = None) -> None:
+        """Put them all on the queue; with `only`, those at these indexes.
+
+        :raises InvalidRequestError: the run id belongs to other requests
+        :raises QueueFullError: the queue is full and it isn't to wait
+        """
+        self._only = only
+        if isinstance(requests, AsyncIterable):
+            async for given in requests:
+                if self._take(given):
+                    await self._send()
+        elif isinstance(requests, str | Mapping):
+            raise InvalidRequestError("submit takes several requests: put the one into a list")
+        else:
+            for given in requests:
+                if self._take(given):
+                    await self._send()
+        writer = self._writer or await self._open()
+        await writer.flush()
+        await self._close()
+
+    def _take(self, given: object) -> bool:
+        """Check the next one; True if there is something to `_send`."""
+        index = len(self.ids)
+        if self._known_total is not None and index >= self._known_total:
+            raise self._other_content()
+        item = self._check(given, index)
+        self.ids.append(item.id)
+        as_json = _item_json(item)
+        self._content.update(as_json + b"\n")
+        if self._writer is not None:
+            return self._put(self._writer, index, item, as_json)
+        self._head.append(item)
+        return len(self._head) >= HEAD
+
+    async def _send(self) -> None:
+        if self._writer is None:
+            await self._open()
+        else:
+            await self._writer.flush()
+
+    def _check(self, given: object, index: int) -> Item:
+        if isinstance(given, GenerationResult):
+            return given.model_copy(update={"run": self._run, "index": index})
+        try:
+            request = as_request(given, index, self._defaults)
+            if (first := self._places.setdefault(request.id, index)) != index:
+                raise DuplicateRequestError(
+                    f"request {index} has the id {request.id!r} of request {first}; ids are "
+                    "unique within a run"
+                )
+            return request
+        except RequestError as error:
+            return GenerationResult.failed(
+                request_id(given, index), error, run=self._run, index=index
+            )
+
+    async def _open(self) -> ChunkWriter:
+        mark = fingerprint(self._head)
+        there = await self._store.open(
+            self._run, queue=self._queue, chunk_size=self._chunk_size, fingerprint=mark
+        )
+        if there.get("fingerprint") != mark:
+            raise self._other_content()
+        status = await self._store.status(self._run)
+        self._known_total = status.total
+        self._writer = ChunkWriter(
+            self._store,
+            self._run,
+            # those of the first submission: they decide in which job an index is
+            queue=status.queue,
+            chunk_size=status.chunk_size,
+            done=await self._store.done(self._run),
+            submitted=status.submitted,
+            wait_when_full=self._wait_when_full,
+        )
+        for index, item in enumerate(self._head):
+            if self._put(self._writer, index, item):
+                await self._writer.flush()
+        self._head.clear()
+        return self._writer
+
+    def _put(
+        self, writer: ChunkWriter, index: int, item: Item, as_json: bytes | None = None
+    ) -> bool:
+        if self._only is None or index in self._only:
+            return writer.add(index, item, as_json)
+        writer.skip(index)
+        return False
+
+    async def _close(self) -> None:
+        there = await self._store.open(self._run, content=self._content.hexdigest())
+        if there["content"] != self._content.hexdigest():
+            raise self._other_content()
+        await self._store.set(self._run, total=len(self.ids))
+
+    def _other_content(self) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"run {self._run!r} was submitted before with other requests; choose another run id"
+        )

@@ -1,0 +1,256 @@
+"""One life of a dataset run: rows to Redis on one side, answers to the file on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from queue_api.client.chunk_writer import ChunkWriter
+from queue_api.client.client import Client
+from queue_api.client.reader import Subscription
+from queue_api.datasets.columns import Row, RowParser, dump_row, output_row, read_jsonl
+from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.formats.jsonl_lines import count_lines
+from queue_api.datasets.summary import Progress, RunSummary
+from queue_api.store.bitmap import Bitmap
+from queue_api.store.reconcile import Reconciler
+from queue_api.store.run_store import Entry, parse_result
+from queue_api.wire.errors import DatasetError, RequestError
+from queue_api.wire.schemas import GenerationRequest, GenerationResult
+
+__all__ = ["DatasetRun", "OpenedRun"]
+
+PROGRESS_EVERY_S = 0.1
+FINISHED_JOB_TTL_S = 5
+"""A finished job holds its prompts, and a long run finishes many: at most so many seconds' worth of
+them stay in Redis beside the window."""
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """What is known of the run in Redis when this life of it begins."""
+
+    run: str
+    queue: str
+    chunk_size: int
+    submitted: int
+    done: Bitmap
+    """What Redis takes for done."""
+    waiting: dict[int, bytes]
+    """Results that an earlier process didn't get to write."""
+    last: str
+    """Where in the stream they end."""
+
+
+class DatasetRun:
+    """Two tasks: one feeds rows to Redis, one writes results; `_pending` is between them."""
+
+    def __init__(
+        self,
+        client: Client,
+        opened: OpenedRun,
+        writer: RowWriter,
+        *,
+        source: Path | str,
+        parser: RowParser,
+        window: int,
+        listener: Callable[[Progress], None] | None,
+    ) -> None:
+        self._store = client.store
+        self._reader = client.reader
+        self._opened = opened
+        self._source = source
+        self._writer = writer
+        self._parser = parser
+        self._window = max(window, opened.chunk_size)
+        self._listener = listener
+        self._chunks = ChunkWriter(
+            self._store,
+            opened.run,
+            queue=opened.queue,
+            chunk_size=opened.chunk_size,
+            submitted=opened.submitted,
+            done=Bitmap(),  # which rows are done is decided here, with the output file
+            job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
+        )
+        self._pending: dict[int, Row] = {}
+        """Rows read and not yet written."""
+        self._outstanding = 0
+        """Rows whose request or result may be in Redis: those pending, and those written and not
+        yet trimmed."""
+        self._early = dict(opened.waiting)
+        """Results whose rows haven't been read yet."""
+        self._ready: list[tuple[Row, bytes]] = []
+        """Such rows, once they have been read."""
+        self._fed_chunk = -1
+        self._room = asyncio.Event()
+        self._total: int | None = None
+        self._counted: int | None = None
+        self._told_at = 0.0
+        self._started_at = time.perf_counter()
+        self.summary = RunSummary(run=opened.run)
+
+    async def run(self) -> RunSummary:
+        """Until every row is written."""
+        self.summary.resumed = self._writer.rows
+        subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                counter = tasks.create_task(self._count())
+                tasks.create_task(self._feed(subscription))
+                await self._write_on(subscription)
+                counter.cancel()
+        except BaseExceptionGroup as group:
+            # one error is enough to know what was wrong
+            first: BaseException = group
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+        finally:
+            subscription.close()
+        self.summary.elapsed_s = time.perf_counter() - self._started_at
+        self._tell(final=True)
+        return self.summary
+
+    async def _count(self) -> None:
+        self._counted = await asyncio.to_thread(_count_rows, self._source)
+
+    async def _feed(self, subscription: Subscription) -> None:
+        total = 0
+        async with aclosing(read_jsonl(self._source, self._parser)) as rows:
+            async for row in rows:
+                total = row.index + 1
+                if row.index in self._writer:
+                    self._check_same(row)
+                    self._chunks.skip(row.index)
+                elif (raw := self._early.pop(row.index, None)) is not None:
+                    self._chunks.skip(row.index)
+                    self._ready.append((row, raw))
+                    subscription.poke()
+                else:
+                    await self._submit(row)
+        await self._chunks.flush()
+        await self._store.set(self._opened.run, total=total)
+        self._total = total
+        subscription.poke()
+
+    def _check_same(self, row: Row) -> None:
+        if self._writer.has_other(row.index, row.shown_id):
+            raise DatasetError(
+                f"row {row.index} of the input has the id {row.shown_id!r}, in the output it has "
+                "another: the output belongs to another input; choose another file"
+            )
+
+    async def _submit(self, row: Row) -> None:
+        chunk = row.index // self._opened.chunk_size
+        if chunk != self._fed_chunk:
+            # parts of a chunk can't be sent apart, so there has to be room for all of it
+            self._fed_chunk = chunk
+            await self._wait_for_room()
+            await self._reopen_lost(row.index)
+        self._pending[row.index] = row
+        self._outstanding += 1
+        if isinstance(row.request, RequestError):
+            run = self._opened.run
+            failed = GenerationResult.failed(row.id, row.request, run=run, index=row.index)
+            await self._chunks.put(row.index, failed)
+        else:
+            await self._chunks.put(row.index, row.request)
+
+    async def _wait_for_room(self) -> None:
+        if self._outstanding + self._opened.chunk_size > self._window:
+            await self._chunks.flush()
+        while self._outstanding + self._opened.chunk_size > self._window:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _reopen_lost(self, first: int) -> None:
+        """Rows that were answered, but the answer is neither in the stream nor in the output.
+
+        :param first: the first row of its chunk that has to be asked for; those before it have
+            their answers, even if they aren't written yet
+        """
+        size = self._opened.chunk_size
+        lost = [
+            index
+            for index in range(first, (first // size + 1) * size)
+            if index in self._opened.done and index not in self._writer and index not in self._early
+        ]
+        if lost:
+            await self._store.reopen(self._opened.run, lost)
+
+    async def _write_on(self, subscription: Subscription) -> None:
+        reconcile_s = self._store.settings.reconcile_s
+        sweeper = Reconciler(self._store, self._opened.run, self._id_of, self._resubmit)
+        heard_at = time.monotonic()
+        while self._total is None or self._pending or self._ready:
+            entries = await subscription.take(reconcile_s)
+            answered, self._ready = self._ready, []
+            answered += self._match(entries)
+            if answered:
+                await self._write(answered)
+            # a result whose row hasn't been read yet is nowhere but in the stream
+            if entries and not self._early:
+                await self._store.trim(self._opened.run, entries[-1][0])
+            self._outstanding = len(self._pending)
+            self._room.set()
+            if entries or answered:
+                heard_at = time.monotonic()
+            elif time.monotonic() - heard_at >= reconcile_s and self._pending:
+                heard_at = time.monotonic()
+                await sweeper.sweep([i for i in self._pending if i < self._chunks.submitted])
+        if subscription.last != "0":
+            await self._store.trim(self._opened.run, subscription.last)
+
+    def _match(self, entries: Sequence[Entry]) -> list[tuple[Row, bytes]]:
+        answered = []
+        for _, index, raw in entries:
+            if (row := self._pending.pop(index, None)) is not None:
+                answered.append((row, raw))
+            elif index not in self._writer:
+                self._early[index] = raw
+        return answered
+
+    async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
+        lines = []
+        for row, raw in answered:
+            result = parse_result(self._opened.run, row.index, raw)
+            self.summary.add(result)
+            lines.append((row.index, row.shown_id, dump_row(output_row(row.columns, result))))
+        await asyncio.to_thread(self._writer.append, lines)
+        self._tell()
+
+    def _tell(self, *, final: bool = False) -> None:
+        now = time.perf_counter()
+        if self._listener is None or (not final and now - self._told_at < PROGRESS_EVERY_S):
+            return
+        self._told_at = now
+        self._listener(
+            Progress(
+                done=self._writer.rows,
+                total=self._total if self._total is not None else self._counted,
+                errors=self.summary.errors,
+                completion_tokens=self.summary.completion_tokens,
+                elapsed_s=now - self._started_at,
+                resumed=self.summary.resumed,
+            )
+        )
+
+    def _id_of(self, index: int) -> str | None:
+        row = self._pending.get(index)
+        return row.id if row else None
+
+    async def _resubmit(self, indexes: Sequence[int]) -> None:
+        rows = [self._pending[i] for i in indexes if i in self._pending]
+        await self._chunks.again(
+            [(r.index, r.request) for r in rows if isinstance(r.request, GenerationRequest)]
+        )
+
+
+def _count_rows(source: Path | str) -> int | None:
+    """How many rows there will be; None for what can be read only once."""
+    return count_lines(source) if source != "-" and Path(source).is_file() else None

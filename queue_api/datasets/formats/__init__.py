@@ -1,0 +1,1 @@
+"""File formats of rows, a file to each."""

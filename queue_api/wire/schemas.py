@@ -1,0 +1,370 @@
+"""What travels through Redis: requests, results and their parts, as pydantic models.
+
+With `sampling.py` this module is the one description of the wire. It imports neither redis nor
+torch, so the engine may use it as well as the client.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from reprlib import Repr
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import to_json
+
+from queue_api.wire.errors import GenerationFailedError, InvalidRequestError, RequestError
+from queue_api.wire.sampling import WIRE, SamplingParams, SharedSamplingParams, TokenId
+from queue_api.wire.structured_outputs import StructuredOutputs
+
+__all__ = [
+    "ChatMessage",
+    "CompletionOutput",
+    "ErrorDetail",
+    "FinishReason",
+    "GenerationRequest",
+    "GenerationResult",
+    "JobTimings",
+    "SamplingParams",
+    "StructuredOutputStatus",
+    "StructuredOutputs",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "describe",
+]
+
+MAX_ID_CHARS = 256
+MAX_MESSAGES = 4096
+MAX_PROMPT_CHARS = 4 * 2**20
+MAX_METADATA_BYTES = 256 * 2**10
+MAX_DIGITS = sys.int_info.default_max_str_digits
+"""Of an integer that Python reads as JSON."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; exactly one per request."""
+
+    STOP = "stop"
+    """End-of-text token, a stop string or a stop token id."""
+    LENGTH = "length"
+    """max_tokens reached."""
+    ERROR = "error"
+    """See the result's `error`."""
+    CANCELLED = "cancelled"
+    """Cancelled by a client."""
+
+
+class StructuredOutputStatus(StrEnum):
+    """Whether a text has the form that its request asks for."""
+
+    VALID = "valid"
+    TRUNCATED = "truncated"
+    """It ended too early, but can be continued to one that is valid."""
+    INVALID = "invalid"
+
+
+def _one_text(content: object) -> object:
+    if isinstance(content, list):
+        raise ValueError(
+            "must be one text; of OpenAI's content parts only text is taken, joined by you"
+        )
+    return content
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation, to be rendered by the model's chat template."""
+
+    model_config = WIRE
+
+    role: str = Field(min_length=1, max_length=64)
+    content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
+
+
+class GenerationRequest(BaseModel):
+    """One prompt, as text, token ids or chat messages, and how to continue it."""
+
+    model_config = WIRE
+
+    id: str = Field(min_length=1, max_length=MAX_ID_CHARS)
+    prompt: (
+        Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+        | Annotated[list[TokenId], Field(max_length=MAX_PROMPT_CHARS, fail_fast=True)]
+        | None
+    ) = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
+    sampling: SharedSamplingParams = SamplingParams()
+    timeout_s: float | None = Field(default=None, gt=0)
+    """How long a worker may take for it, waiting its turn in the engine included."""
+    deadline: float | None = Field(default=None, gt=0)
+    """Epoch seconds after which nobody wants the text; then it ends as an error."""
+    return_token_ids: bool = False
+    """Put the generated token ids into the result."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Comes back untouched in the result."""
+
+    @field_validator("metadata")
+    @classmethod
+    def _can_come_back(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What can't be written into the result is refused here, not found out afterwards."""
+        try:
+            as_json = to_json(metadata) if metadata else b""
+        except ValueError as error:
+            raise ValueError(f"can't be written as JSON ({str(error)[:80]})") from None
+        if len(as_json) > MAX_METADATA_BYTES:
+            raise ValueError(
+                f"takes {len(as_json)} bytes as JSON; the limit is {MAX_METADATA_BYTES}"
+            )
+        if len(as_json) > MAX_DIGITS:
+            try:
+                json.loads(as_json)
+            except ValueError:
+                # it would make the whole job unreadable
+                raise ValueError(
+                    f"can't be written as JSON (an integer of more than {MAX_DIGITS} digits)"
+                ) from None
+        return metadata
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerationRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either 'prompt' or 'messages', not both and not neither")
+        if self.prompt == []:
+            raise ValueError("'prompt' has no tokens; give at least one")
+        return self
+
+    @classmethod
+    def parse(cls, data: object) -> GenerationRequest:
+        """Validate untrusted data.
+
+        :raises InvalidRequestError: saying which field is wrong, its value, and the limit
+        """
+        if isinstance(data, dict) and len(data) > MOST_FIELDS:
+            raise InvalidRequestError(
+                f"{len(data)} fields; a request has no more than {NUM_FIELDS}"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InvalidRequestError(describe(error)) from None
+
+
+NUM_FIELDS = len(GenerationRequest.model_fields)
+MOST_FIELDS = 2 * NUM_FIELDS
+"""Of a request that is read at all: each that is unknown would be told."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong with one request."""
+
+    model_config = WIRE
+
+    code: str
+    """Stable and short, such as `prompt_too_long`."""
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorDetail:
+        """The wire form of an exception; errors that aren't ours keep their type's name."""
+        if isinstance(error, RequestError):
+            return cls(code=error.code, message=str(error))
+        return cls(code="internal_error", message=f"{type(error).__name__}: {error}")
+
+
+class JobTimings(BaseModel):
+    """Where a request's time went, in seconds. The first four add up to `total_s`."""
+
+    model_config = WIRE
+
+    queue_s: float = 0.0
+    """Enqueued until the engine admits it to a batch."""
+    prefill_s: float = 0.0
+    """Admitted until its first new token."""
+    decode_s: float = 0.0
+    """First new token until its last."""
+    publish_s: float = 0.0
+    """Last token until its result is written out."""
+    total_s: float = 0.0
+    time_to_first_token_s: float | None = None
+    """Enqueued until the first new token; None if there was none."""
+    inter_token_s: float | None = None
+    """Mean time between new tokens; None below two tokens."""
+    stage_s: list[float] = Field(default_factory=list)
+    """This request's share of the time in each stage: a step's time over the sequences in it."""
+
+
+class TokenLogprob(BaseModel):
+    """A token and the natural logarithm of its probability."""
+
+    model_config = WIRE
+
+    token_id: int
+    token: str
+    """Its text alone; a part of a character is shown as U+FFFD."""
+    logprob: float
+    """Of the model's own distribution, before any sampling field; at least -9999."""
+
+
+class TokenLogprobs(TokenLogprob):
+    """One new token, and the likeliest in its place."""
+
+    rank: int
+    """1 if none was likelier."""
+    top: list[TokenLogprob] = Field(default_factory=list)
+    """As many as asked for, the likeliest first."""
+
+
+class CompletionOutput(BaseModel):
+    """One of several samples; the name and the fields are vLLM's."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    index: int
+    text: str = ""
+    token_ids: list[int] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    structured_output: StructuredOutputStatus | None = None
+    finish_reason: FinishReason
+
+
+class GenerationResult(BaseModel):
+    """The one terminal result of a request."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    run: str | None = None
+    index: int = 0
+    """Place of the request in its run."""
+    text: str = ""
+    token_ids: list[int] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """One per new token, if asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One per token of the prompt, if asked for; None for the first, which follows nothing."""
+    outputs: list[CompletionOutput] | None = None
+    """All samples, if `n` asked for several; `text` and the like are the first's then."""
+    structured_output: StructuredOutputStatus | None = None
+    """Whether the text has the form that `structured_outputs` asked for, if it did."""
+    finish_reason: FinishReason
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Of all samples."""
+    model: str | None = None
+    model_revision: str | None = None
+    worker: str | None = None
+    attempt: int = 1
+    """1 the first time; more after a worker's death or a retry."""
+    error: ErrorDetail | None = None
+    timings: JobTimings = Field(default_factory=JobTimings)
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """True if the model ended the text (`stop` or `length`)."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    def raise_for_error(self) -> GenerationResult:
+        """Return self if it is text.
+
+        :raises GenerationFailedError: `error` or `cancelled`, with the error's words
+        """
+        if not self.ok:
+            detail = self.error.message if self.error else self.finish_reason.value
+            raise GenerationFailedError(f"request {self.id!r}: {detail}")
+        return self
+
+    @classmethod
+    def failed(
+        cls,
+        request_id: str,
+        error: BaseException | ErrorDetail,
+        *,
+        finish_reason: Literal[FinishReason.ERROR, FinishReason.CANCELLED] = FinishReason.ERROR,
+        **fields: Any,
+    ) -> GenerationResult:
+        """A result that has an error instead of text."""
+        detail = error if isinstance(error, ErrorDetail) else ErrorDetail.of(error)
+        return cls(id=request_id, finish_reason=finish_reason, error=detail, **fields)
+
+
+def describe(error: ValidationError) -> str:
+    """A pydantic error as one line: each wrong field as users write it, its value, the limit."""
+    parts: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        field = _field_name(item["loc"])
+        # a field that may be of several types fails once for each; the first, ours, says it best
+        parts.setdefault(field, _complaint(field, item))
+    # an element that is wrong says more than that the whole isn't the other type it may be
+    within = {name.split("[")[0] for name in parts if "[" in name}
+    return "; ".join(complaint for field, complaint in parts.items() if field not in within)
+
+
+def _field_name(location: tuple[int | str, ...]) -> str:
+    """`prompt`, `max_tokens`, `messages[0].content`: without pydantic's words for its types."""
+    if location == ("sampling",):
+        return "sampling"
+    name = ""
+    for part in location:
+        if isinstance(part, int) or part.isdecimal():
+            name += f"[{part}]"
+        elif part.isidentifier() and not (part == "sampling" and name == "") and part not in _TYPES:
+            name += f".{part}" if name else part
+    return name.encode(errors="backslashreplace").decode()[:MAX_SHOWN_CHARS]
+
+
+MAX_SHOWN_CHARS = 80
+
+
+class _ShortRepr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python's guard, with advice that isn't for users
+            return f"a number of more than {MAX_DIGITS} digits"
+
+
+_SHORT = _ShortRepr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
+"""pydantic's names of the branches of a union, where they look like fields."""
+_LIMITS = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt}",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_long": "must have at most {max_length} items",
+}
+
+
+def _complaint(field: str, item: Any) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown field '{field}'"
+    if kind == "missing":
+        return f"'{field}' is missing"
+    if kind in ("string_too_short", "too_short"):
+        return f"'{field}' is empty"
+    message = item["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and field == "sampling":
+        return str(message)
+    if kind in _LIMITS:
+        message = _LIMITS[kind].format(**context)
+    elif not field:
+        return str(message)
+    shown = _SHORT.repr(item["input"])
+    message = message.replace("Input should be", "must be").replace("dictionary", "object")
+    return f"'{field}' is {shown}: {message[0].lower()}{message[1:]}"

@@ -1,5 +1,0 @@
-"""`python -m workers` is `batchmill`."""
-
-from workers.cli import main
-
-main()
