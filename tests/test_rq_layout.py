@@ -19,8 +19,9 @@ from rq.worker import SimpleWorker
 
 from queue_api.connection.connect import connect_async
 from queue_api.store.jobs import GENERATE
+from queue_api.store.scripts import Scripts
 from workers.leases import Lease, Leases
-from workers.scripts import Scripts
+from workers.scripts import worker_scripts
 
 QUEUE = "layout"
 VALUE = {"text": "hello"}
@@ -53,7 +54,7 @@ def leased(
 ) -> Any:
     async def run() -> Any:
         connection = connect_async(url)
-        scripts = Scripts(connection)
+        scripts = Scripts(connection, worker_scripts())
         leases = Leases(
             connection,
             scripts,

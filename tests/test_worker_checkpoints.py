@@ -11,12 +11,13 @@ from rq import Queue
 
 from queue_api.connection.connect import connect_async
 from queue_api.store.jobs import GENERATE
+from queue_api.store.scripts import Scripts
 from queue_api.wire.errors import InvalidRequestError
 from queue_api.wire.schemas import GenerationRequest
 from workers.running.checkpoints import Checkpoints, Place
 from workers.running.echo_engine import EchoEngine
 from workers.running.engine_loop import Addition, EngineLoop
-from workers.scripts import Scripts
+from workers.scripts import worker_scripts
 
 LONG = "echo:tokens=1000,step_s=0.001"
 PROMPT = " ".join(f"w{i}" for i in range(700))
@@ -147,7 +148,9 @@ def test_a_late_checkpoint_leaves_no_gap(server, connection):
 
     async def late() -> list[int]:
         client = connect_async(server.url)
-        checkpoints = Checkpoints(client, Scripts(client), every_tokens=2, model="m")
+        checkpoints = Checkpoints(
+            client, Scripts(client, worker_scripts()), every_tokens=2, model="m"
+        )
         await checkpoints.save({place: range(10)})
         await client.flushdb()  # somebody else finished the request, and its text is gone
         await checkpoints.save({place: range(20)})

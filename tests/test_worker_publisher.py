@@ -9,11 +9,12 @@ import redis.asyncio as aredis
 from kits.worker_kit import SERVE, completed, num_done, submit
 
 from queue_api.store.keys import RunKeys
+from queue_api.store.scripts import Scripts
 from queue_api.wire.schemas import FinishReason
 from workers.running.engine_loop import Refusal
 from workers.running.outcomes import Outcome
 from workers.running.publisher import Publisher
-from workers.scripts import Scripts
+from workers.scripts import worker_scripts
 
 AN_HOUR = "import workers.running.publisher as p\np.{} = 3600\n"
 CHUNKS_IN_AN_HOUR = AN_HOUR.format("GATHER_PARTS_S")
@@ -61,7 +62,7 @@ def test_a_result_that_cannot_be_written_as_json_ends_as_an_error_of_its_own(ser
 
     async def publish() -> None:
         async with aredis.Redis.from_url(server.url) as client:
-            publisher = Publisher(client, Scripts(client), None, run_ttl_s=60)
+            publisher = Publisher(client, Scripts(client, worker_scripts()), None, run_ttl_s=60)
             for index, text in enumerate(["half a pair \ud800", "good"]):
                 publisher.add_result("run", outcome(index, text))
             task = asyncio.create_task(publisher.run(None, None))

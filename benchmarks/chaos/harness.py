@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,8 +17,9 @@ from pathlib import Path
 import redis
 
 from benchmarks.chaos.faults import KILLS, Fault, Kind, draw_faults
-from benchmarks.chaos.processes import ROOT, Supervised
+from benchmarks.chaos.processes import Supervised
 from benchmarks.chaos.workload import DEMO_QUEUE, ECHO_QUEUE, MOST_TOKENS, Part
+from benchmarks.children import environment, module
 from queue_api.connection.connect import connect
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.store.keys import RunKeys
@@ -102,9 +102,7 @@ def expected_outcomes(parts: list[Part], folder: Path) -> Outcomes:
         logger.info("asking an undisturbed engine, %s, for the same", model)
         content = {"model": model, "runs": runs, "result": str(result)}
         job.write_text(json.dumps(content), encoding="utf-8")
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.chaos.reference", str(job)], cwd=ROOT, check=True
-        )
+        subprocess.run(module("benchmarks.chaos.reference", job), env=environment(), check=True)
         for run, found in json.loads(result.read_text(encoding="utf-8")):
             expected[run] = [(reason, text) for reason, text in found]
     return expected

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks import children
 from queue_api.connection.child_process import die_with_parent
 
-__all__ = ["ROOT", "Supervised"]
+__all__ = ["Supervised"]
 
-ROOT = Path(__file__).resolve().parents[2]
 RESTART_S = 0.1
 """Between two starts, so that what can't start doesn't spin."""
 
@@ -39,8 +37,8 @@ class Supervised:
         self.log = log
         self.num_starts = 0
         self.exit_codes: list[int] = []
-        self._command = [sys.executable, "-m", *arguments]
-        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        self._command = children.module(*arguments)
+        self._environment = children.environment(**environment)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_stopped = False
         self._ended_at = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import environment, module
 from benchmarks.job_queue.contest import BARE, JOB_QUEUES, Contestant
 from queue_api.connection.embedded import EmbeddedRedis
 
@@ -21,7 +21,6 @@ __all__ = ["ChildError", "compare", "goals", "table"]
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
 OF_STREAMS, OF_JOB_QUEUES = 0.5, 8.0
 """Goals: our life-cycle rate in chunks of 32 against theirs."""
@@ -45,13 +44,11 @@ class Pythons:
         with tempfile.TemporaryDirectory() as scratch:
             path, result = Path(scratch) / "job.json", Path(scratch) / "result.json"
             path.write_text(json.dumps({**content, "result": str(result)}), encoding="utf-8")
-            command = [python, "-m", "benchmarks.job_queue.child", str(path)]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            command = module("benchmarks.job_queue.child", path, python=python)
             try:
                 done = subprocess.run(
                     command,
-                    cwd=ROOT,
-                    env=environment,
+                    env=environment(),
                     capture_output=True,
                     text=True,
                     timeout=TIMEOUT_S,

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from batchmill import Client, GenerationRequest, QueueSettings
+from benchmarks.children import environment, module
 from queue_api.connection.embedded import EmbeddedRedis
 from workers.running.echo_engine import EchoEngine
 
 __all__ = ["measure"]
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 20
 TOKENS, STEP_S = 8, 0.002
 PROMPT = "one two three four five six seven eight"
@@ -29,9 +26,8 @@ def measure(count: int) -> dict[str, Any]:
     with EmbeddedRedis() as server:
         model = f"echo:tokens={TOKENS},step_s={STEP_S}"
         worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "batchmill", "worker", "--model", model],
-            cwd=ROOT,
-            env={**os.environ, "REDIS_URL": server.url},
+            module("batchmill", "worker", "--model", model),
+            env=environment(REDIS_URL=server.url),
             stderr=subprocess.DEVNULL,
         )
         try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,12 +15,12 @@ from typing import Any
 import redis
 
 from batchmill import Client, QueueSettings, run_dataset
+from benchmarks.children import environment, module
 from queue_api.connection.connect import connect
 from queue_api.connection.embedded import EmbeddedRedis
 
 __all__ = ["measure"]
 
-ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY_S = 0.05
 _WORDS = ["anchor", "basket", "cave", "forest", "harbor", "lion", "mirror", "orange", "river"]
 
@@ -34,12 +32,11 @@ def measure(count: int, num_workers: int = 1) -> dict[str, Any]:
         _write_rows(source, count)
         connection = connect(server.url)
         before = connection.info("memory")["used_memory"]
-        environment = {**os.environ, "REDIS_URL": server.url, "BATCHMILL_MAX_NUM_SEQS": "256"}
+        settings = environment(REDIS_URL=server.url, BATCHMILL_MAX_NUM_SEQS="256")
         workers = [
             subprocess.Popen(
-                [sys.executable, "-P", "-m", "batchmill", "worker", "--model", "echo:"],
-                cwd=ROOT,
-                env=environment,
+                module("batchmill", "worker", "--model", "echo:"),
+                env=settings,
                 stderr=subprocess.DEVNULL,
             )
             for _ in range(num_workers)

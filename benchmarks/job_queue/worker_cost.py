@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchmill import Client, QueueSettings
+from benchmarks.children import environment, module
 from benchmarks.job_queue.child import make_prompts
 from queue_api.connection.connect import connect
 from queue_api.connection.embedded import EmbeddedRedis
@@ -28,7 +29,6 @@ from workers.worker import BatchWorker
 
 __all__ = ["measure"]
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP_S = 0.02
 MOST_TOKENS = 20
 REQUESTS_PER_S = 200
@@ -84,8 +84,8 @@ def measure(seconds: float, chunk_size: int = 32) -> dict[str, Any]:
 
     with EmbeddedRedis() as server, tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.job_queue.worker_cost", server.url]
-        worker = subprocess.Popen([*command, str(result)], cwd=ROOT)
+        command = module("benchmarks.job_queue.worker_cost", server.url, result)
+        worker = subprocess.Popen(command, env=environment())
         try:
             asyncio.run(submit_and_wait(server.url))
         finally:

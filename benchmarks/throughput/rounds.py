@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import ROOT, environment, module
 from benchmarks.throughput.contest import Contestant
 from benchmarks.throughput.models import ModelSpec, build
 from benchmarks.throughput.workload import Workload, WorkloadSpec
@@ -24,7 +24,6 @@ __all__ = ["ChildError", "Entry", "Harness", "ModelRun"]
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
 REFERENCE_CHUNK = 16
 """Requests between two writes: one by one takes minutes, and an interrupt shouldn't lose them."""
 
@@ -200,7 +199,7 @@ class Harness:
             cores = self.cores if action in ("run", "gemm") else []
             content = {**job, "action": action, "result": str(result_path), "cores": cores}
             job_path.write_text(json.dumps(content), encoding="utf-8")
-            command = [python, "-m", "benchmarks.throughput.child", str(job_path)]
+            command = module("benchmarks.throughput.child", job_path, python=python)
             try:
                 done = subprocess.run(
                     command,
@@ -226,7 +225,7 @@ class Harness:
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(self.threads)
         )
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        return {**os.environ, **threads, **offline, "TOKENIZERS_PARALLELISM": "false"}
+        return environment(**threads, **offline, TOKENIZERS_PARALLELISM="false")
 
 
 def _last_words(stderr: str, code: int) -> str:

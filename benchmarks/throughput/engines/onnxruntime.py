@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from benchmarks.children import environment, module
 
 
 class Runner:
@@ -52,6 +53,6 @@ class Runner:
 
 def convert(model: Path, target: Path) -> None:
     """Build the ONNX graph with the model builder that comes with the runtime."""
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    builder = module("onnxruntime_genai.models.builder")
     places = ["-i", str(model), "-o", str(target), "-c", str(target / "cache")]
-    subprocess.run([*builder, *places, "-p", "fp32", "-e", "cpu"], check=True)
+    subprocess.run([*builder, *places, "-p", "fp32", "-e", "cpu"], env=environment(), check=True)
