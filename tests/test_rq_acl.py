@@ -16,6 +16,8 @@ from queue_api.client.sync_client import SyncClient
 from queue_api.connection.connect import connect
 from queue_api.store.jobs import GENERATE
 
+pytestmark = pytest.mark.servers
+
 PAGE = Path(__file__).parent.parent / "docs" / "redis.md"
 
 

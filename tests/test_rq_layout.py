@@ -23,6 +23,8 @@ from queue_api.store.scripts import Scripts
 from workers.leases import Lease, Leases
 from workers.scripts import worker_scripts
 
+pytestmark = pytest.mark.servers
+
 QUEUE = "layout"
 VALUE = {"text": "hello"}
 OURS = {"claims", "released"}

@@ -25,6 +25,8 @@ from rq.suspension import resume, suspend
 from queue_api.store.jobs import GENERATE
 from queue_api.wire.schemas import FinishReason
 
+pytestmark = pytest.mark.servers
+
 SLOW = "echo:tokens=100000,step_s=0.01"
 
 

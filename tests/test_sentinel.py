@@ -21,6 +21,8 @@ from queue_api.connection.settings import QueueSettings
 from queue_api.wire.errors import ConfigurationError, RedisUnavailableError
 from queue_api.wire.schemas import ErrorDetail, GenerationResult
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[SentinelGroup]:

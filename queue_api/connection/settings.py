@@ -37,6 +37,9 @@ class EnvironmentSettings(BaseSettings):
         default=DEFAULT_REDIS_URL,
         validation_alias=AliasChoices("redis_url", "BATCHMILL_REDIS_URL", "REDIS_URL"),
     )
+    redis_server: str | None = None
+    """The server program that is started where no address is named: a path or a name on PATH, or
+    `bundled` for the one that a Python package brought."""
     log_level: LogLevel = "warning"
     run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
     """A run, and a failed job, are forgotten so long after their last change."""
