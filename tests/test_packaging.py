@@ -42,14 +42,19 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 def test_wheel_carries_scripts_types_and_the_demo_model(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"queue_api/store/scripts/emit.lua", "workers/scripts/claim.lua"} <= names
-    assert {f"{package}/py.typed" for package in ("engine", "queue_api", "workers")} <= names
+    assert {
+        f"{package}/py.typed" for package in ("batchmill", "engine", "queue_api", "workers")
+    } <= names
     weights = "engine/demo_model/batchmill-demo"
     assert {f"{weights}/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
 def test_base_install_has_no_torch_and_producers_do_without(base_install):
-    script = "import queue_api, sys; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    script = (
+        "import sys; from batchmill import Client, SyncClient, run_dataset; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert run(base_install / "python", "-c", "import torch").returncode != 0
     assert run(base_install / "python", "-c", script).returncode == 0
 
