@@ -16,7 +16,7 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
   ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
   CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
 
-.PHONY: help install demo test test-servers lint types format check bench bench-cache bench-queue chaos sanitize cluster clean
+.PHONY: help install demo test test-servers lint types format check floors bench bench-cache bench-queue chaos sanitize cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ format: $(INSTALLED) ## Format the sources and mend what lint can mend
 
 check: lint types test ## Lint, types and tests
 
+floors: ## Draw docs/floors.svg, the wings and their imports, from the sources
+	PYTHONPATH=tests $(PYTHON) docs/draw_floors.py docs/floors.svg
+
 bench: $(INSTALLED) ## Measure bulk generation beside transformers and the peers installed (extra "bench")
 	$(BIN)/python -m benchmarks.throughput $(BENCH)
 
@@ -69,7 +72,7 @@ bench-queue: $(INSTALLED) ## Measure the queue beside RQ, arq, saq, taskiq and b
 chaos: $(INSTALLED) ## Kill workers, clients and Redis at random, and see that nothing is lost (CHAOS="--kills 50 …")
 	$(BIN)/python -m benchmarks.chaos $(CHAOS)
 
-sanitize: $(INSTALLED) ## Run the tests of the compiled sources with gcc's address and undefined-behaviour sanitizers
+sanitize: $(INSTALLED) ## Run the tests of the native code with gcc's address and undefined-behaviour sanitizers
 	@# without a library its tests would be skipped, and all would look well
 	$(SANITIZED) $(BIN)/python -c 'import sys; from engine.kernels.native_library import native_library; \
 	  assert all(map(native_library, sys.argv[1:]))' $(basename $(notdir $(wildcard engine/kernels/*.c)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import runpy
 import subprocess
 import sys
 from itertools import combinations
@@ -97,6 +98,19 @@ def test_the_wire_models_load_neither_redis_nor_rq() -> None:
     names = [name for name in FOUND if name.startswith("queue_api.wire")]
     loaded = loaded_by("\n".join(f"import {name}" for name in names))
     assert loaded & {"redis", "rq", "typer", *HEAVY} == set()
+
+
+def test_the_picture_of_the_floors_is_of_these_imports() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/draw_floors.py"))["draw"](FOUND)
+    kept = (ROOT / "docs/floors.svg").read_text(encoding="utf-8")
+    assert kept == drawn, "imports have changed: run `make floors`"
+
+
+def test_an_import_between_wings_is_in_the_picture() -> None:
+    draw = runpy.run_path(str(ROOT / "docs/draw_floors.py"))["draw"]
+    pair = ("engine.scheduling.scheduler", "engine.kernels.malloc")
+    planted = FOUND | {pair[0]: FOUND[pair[0]] | {pair[1]}}
+    assert draw(planted) != draw(FOUND)
 
 
 # ------------------------------------------------------------------------------------ the face
