@@ -5,7 +5,7 @@ FROM python:3.12-slim
 ARG TORCH_INDEX_URL=""
 ARG TORCH_VERSION=2.13.0
 
-# gcc: the engine compiles its attention of single new tokens for the CPU it finds itself on.
+# gcc: the engine compiles its C sources for the CPU it finds itself on.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
@@ -20,6 +20,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY queue_api queue_api
 COPY engine engine
 COPY workers workers
+COPY batchmill batchmill
 RUN pip install --no-cache-dir -c constraints.txt ".[worker]" "jsonschema>=4.23" \
     # structured output, without the triton that it asks for and CPUs don't use
     && pip install --no-cache-dir -c constraints.txt --no-deps xgrammar apache-tvm-ffi

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft201909Validator
-
-ROOT = Path(__file__).parent.parent
+from kits.house import HOUSE, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +33,11 @@ def test_the_schema_would_catch_a_misspelt_key(compose, validator):
     broken = json.loads(json.dumps(compose))
     broken["services"]["worker"]["comand"] = "batchmill worker"
     assert not validator.is_valid(broken)
+
+
+def test_the_image_has_every_package():
+    copied = re.findall(r"^COPY (\w+) \1$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert sorted(copied) == sorted(HOUSE)
 
 
 def test_redis_keeps_what_it_is_given(compose):
