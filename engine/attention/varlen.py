@@ -5,7 +5,7 @@ tensor and how many they are. That is what a contiguous range of slots is: the p
 and neither a block table nor pages are needed. FlashAttention 2, which torch brings, reads
 `cu_seq_k` as mere beginnings as soon as `seqused_k` is given (`BlockInfo` in its `block_info.h`,
 2.8), in any order and with gaps; with a block table it wants pages of 256 tokens. As the documented
-meaning is narrower, `attention_check.py` tries it on the device before a stage relies on it.
+meaning is narrower, `check.py` tries it on the device before a stage relies on it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class VarlenBackend:
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
         self._others = SdpaBackend()
-        # Keys aren't split by the batch's longest text: its sums don't depend on its neighbours.
+        # Keys aren't split by the longest sequence: its sums don't depend on its neighbours.
         self._options = {"num_splits": 1} if "num_splits" in _parameters(kernel) else {}
 
     def attend(

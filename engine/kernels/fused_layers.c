@@ -1,6 +1,6 @@
 /* What a decoder layer does between its matrix products, one pass over memory for each.
  *
- * engine/weights/fused_layers.py calls this through ctypes; it has checked every shape and stride that is
+ * engine/kernels/fused_functions.py calls this through ctypes; it has checked every shape and stride that is
  * relied on here. All arrays are float32; strides and sizes count floats.
  */
 #include <math.h>

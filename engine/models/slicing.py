@@ -1,6 +1,6 @@
 """Cut a slice out of an unchanged Hugging Face model and load that slice's weights alone.
 
-With stage.py and stage_loading.py, the only place that knows how transformers builds its models.
+With `engine.stages`, the only place that knows how transformers builds its models.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _pruned_class(cls: type[Any], spec: StageSpec) -> Any:
         _prune(self, spec)
 
     members = {"__init__": init, "__module__": cls.__module__}
-    # Tensors on offer that the slice has no use for are no cause for a warning.
+    # The checkpoint has tensors that the slice doesn't need: no cause for a warning.
     members["_keys_to_ignore_on_load_unexpected"] = [r".*"]
     return type(cls.__name__, (cls,), members)
 

@@ -1,6 +1,6 @@
 """A stage: a slice of an unchanged Hugging Face model, run over packed tokens.
 
-A stage runs in one of two ways, chosen when it is loaded (stage_loading.py):
+A stage runs in one of two ways, chosen when it is loaded (loading.py):
 
 * packed: one forward over all sequences' tokens, attention through our hook and pool
 * single: sequence by sequence, each with a transformers cache of its own; for models that don't

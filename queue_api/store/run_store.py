@@ -68,7 +68,7 @@ class RunStore:
     async def connect(self) -> None:
         """Check the server once; what is wrong with it is told before any work is.
 
-        :raises RedisAccessError: see queue_api.connection.check_server
+        :raises RedisAccessError: see queue_api.connection.connect.check_server
         """
         if self._connected:
             return
