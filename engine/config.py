@@ -50,7 +50,7 @@ class EngineConfig:
     use_cache: bool = True
     """False recomputes each sequence for each token: slow, for comparison only."""
     prefix_caching: bool = True
-    """Texts that begin alike compute that beginning once, in models that run packed."""
+    """Sequences with a common prefix compute it once, in models that run packed."""
     pipeline: PipelineMode = "auto"
     """`inline` runs the stages one after the other on all threads, `threads` gives each stage a
     thread and keeps one micro-batch per stage in flight. `auto`: inline if all share a device."""

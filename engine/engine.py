@@ -59,7 +59,7 @@ __all__ = ["Engine"]
 logger = logging.getLogger(__name__)
 
 _GRAMMAR_WAIT_S = 0.02
-"""How long a step without other work waits for a grammar: the caller may have more."""
+"""How long a step without other work waits for a grammar; then the caller may add some."""
 
 
 class Engine:
@@ -129,9 +129,9 @@ class Engine:
         """Queue a request under `key`.
 
         :param generated: new tokens that an earlier run of the same request has produced; they
-            are read in, counted and kept, and generation goes on behind them (a request that
-            wants logprobs begins anew: those of the tokens aren't known any more; so does one
-            of several samples)
+            are computed as a prompt is, counted and kept, and generation goes on behind them (a
+            request that wants logprobs begins anew: those of the tokens aren't known any more;
+            so does one of several samples)
         :param seed_key: what the seed follows from if the request names none; `key` by default
         :raises RequestError: what is wrong with this request; nothing is queued then
         """
@@ -148,7 +148,7 @@ class Engine:
         self.tokenizer.check_vocabulary(generated, "the partial text")
         logprobs = (sampling.logprobs, sampling.prompt_logprobs)
         if logprobs != (None, None) or sampling.n > 1:
-            generated = ()  # their logits are gone; the same text is made again, with them
+            generated = ()  # their logits are gone; the same tokens are drawn again, with them
         seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
         change = LogitsChange.of(sampling, self.tokenizer)
         if sampling.structured_outputs is not None:
@@ -180,7 +180,7 @@ class Engine:
         self._sequences[sequence.key] = sequence
         self.scheduler.add(sequence)
 
-    def _take_compiled(self) -> list[Completion]:
+    def _take_ready_grammars(self) -> list[Completion]:
         """Queue the sequences whose grammar is there, and end those whose grammar is wrong."""
         failed = []
         for key, sequence in list(self._awaiting_grammar.items()):
@@ -225,7 +225,7 @@ class Engine:
         :raises EngineError: if a stage or its device failed; the engine can't go on
         """
         self._require_open()
-        failed = self._take_compiled() if self._awaiting_grammar else []
+        failed = self._take_ready_grammars() if self._awaiting_grammar else []
         ended, self._ended = self._ended + failed, []
         now = time.perf_counter()
         for sequence in self.scheduler.admit():
@@ -243,8 +243,8 @@ class Engine:
             self.pipeline.submit(self._rounds[-1].batch)
         if self.pipeline.num_in_flight:
             ended += self._collect()
-        ended, useless = self._samples.gather(ended)
-        for key in useless:
+        ended, to_cancel = self._samples.gather(ended)
+        for key in to_cancel:
             self.cancel(key)
         return ended
 
@@ -267,7 +267,7 @@ class Engine:
         return [done[key] for key in keys]
 
     def reset_prefix_cache(self) -> None:
-        """Forget the caches of texts that have ended; those that run stay."""
+        """Forget the caches of sequences that have ended; those that run stay."""
         if self._prefixes is not None:
             self._prefixes.clear()
 
@@ -332,7 +332,7 @@ class Engine:
         return self._advance(oldest, came_back.stage_s, logits)
 
     def _advance(self, done: Round, stage_s: Seq[float], logits: torch.Tensor) -> list[Completion]:
-        """Take in a micro-batch that came back: note what it computed, choose tokens, end texts.
+        """Take in a micro-batch that came back: note what it computed, choose tokens, end some.
 
         :param stage_s: time in each stage
         :param logits: [B + N, V], next tokens' and then prompts'
@@ -363,7 +363,7 @@ class Engine:
                 sequence.logprobs.append(chosen[row])
             try:
                 ending = self._append(sequence, token, now)
-            except Exception as error:  # of this text alone, such as one that can't be decoded
+            except Exception as error:  # of this sequence alone, such as one that can't be decoded
                 logger.exception("%s: failed", sequence.key)
                 ended.append(self._end(sequence, error))
                 continue
@@ -372,10 +372,10 @@ class Engine:
         return ended
 
     def _take_back(self, failed: Round, error: BatchOutOfMemoryError) -> list[Completion]:
-        """Let a micro-batch's texts run again in smaller ones, or end one that was alone in it.
+        """Let a micro-batch's sequences run again in smaller ones, or end one that was alone in it.
 
         Slots that the micro-batch wrote to are written again with the same; a cache outside the
-        pool may have grown in some layers only, so its text is computed from its start.
+        pool may have grown in some layers only, so it is recomputed from its start.
         """
         batch = failed.batch
         alone = len(batch.segments) == 1
@@ -390,7 +390,7 @@ class Engine:
                 self._remove(sequence)
             elif too_large:
                 problem = RequestOutOfMemoryError(
-                    f"no memory for one text of {sequence.num_tokens} tokens, even alone: {error}"
+                    f"no memory for a sequence of {sequence.num_tokens} tokens, even alone: {error}"
                 )
                 ended.append(self._end(sequence, problem))
         if not too_large:
@@ -401,7 +401,7 @@ class Engine:
         return ended
 
     def _append(self, sequence: Sequence, token: int, now: float) -> Ending | None:
-        """Add a token; why the text ends with it, None if it goes on."""
+        """Add a token; why the sequence ends with it, None if it goes on."""
         if token == NO_TOKEN:
             raise ArithmeticError("the model's logits are not numbers, or no token is allowed")
         sequence.append(token)

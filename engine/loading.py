@@ -131,7 +131,7 @@ def shares_prefixes(config: EngineConfig, stages: Sequence[Stage]) -> bool:
 
 
 def num_cache_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len: int) -> int:
-    """Slots of the cache: as asked for, else what fits and can be of use."""
+    """Slots of the cache: as asked for, else what fits, up to what can be used."""
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens
     useful = config.max_num_seqs * max_model_len
@@ -146,7 +146,7 @@ def num_cache_slots(config: EngineConfig, stages: Sequence[Stage], max_model_len
 
 
 def length_limit(config: EngineConfig, text_config: object) -> int:
-    """Tokens that a text may have: the model's limit, or a lower one that was asked for."""
+    """Tokens that a sequence may have: the model's limit, or a lower one that was asked for."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(limit := getattr(text_config, name, None), int):
             break

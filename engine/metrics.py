@@ -12,16 +12,16 @@ class EngineMetrics:
     """Counts since the engine was loaded."""
 
     prompt_tokens: int = 0
-    """Of the texts admitted; the tokens that a text was resumed with count among them, and all that
-    it has when it is admitted again after a preemption."""
+    """Of the sequences admitted. The new tokens that a sequence was resumed with count among them,
+    and so do all its tokens when it is admitted again after a preemption."""
     cached_prompt_tokens: int = 0
-    """Those of them that were copied from another text's cache instead of computed."""
+    """Those of them that were copied from another sequence's cache instead of computed."""
     computed_tokens: int = 0
     """Tokens that went through the model, prompts' and new ones."""
     preemptions: int = 0
-    """Times that a text gave its slots back, to be read in again later."""
+    """Times that a sequence was preempted: gave its slots back, to be recomputed later."""
     moved_tokens: int = 0
-    """Tokens whose K and V were copied because their text needed a longer range of slots."""
+    """Tokens whose K and V were copied because their sequence needed a longer range of slots."""
 
     def __str__(self) -> str:
         return (

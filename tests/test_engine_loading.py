@@ -201,7 +201,7 @@ def test_a_model_that_would_be_wrong_is_refused(monkeypatch) -> None:
 
 
 @pytest.mark.skipif(
-    not can_lay_out(torch.device("cpu"), torch.float32), reason="this torch has no packed weights"
+    not can_lay_out(torch.device("cpu"), torch.float32), reason="no layout for this torch and CPU"
 )
 @pytest.mark.parametrize("layout", ["panels", "mkl", "onednn"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -211,18 +211,18 @@ def test_laid_out_linears_compute_what_they_replace(bias: bool, layout: str, mon
     if layout == "onednn":
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 8))
-    packed = copy.deepcopy(model)
-    lay_out_linears(packed)
-    assert all(isinstance(module, LaidOutLinear) for module in packed)
+    laid_out = copy.deepcopy(model)
+    lay_out_linears(laid_out)
+    assert all(isinstance(module, LaidOutLinear) for module in laid_out)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for num_rows in (0, 1, 13, 511, 512, 513, 1300):  # the layout is made for one number
             rows = torch.randn(1, num_rows, 24, generator=generator)
-            torch.testing.assert_close(packed(rows), model(rows))
+            torch.testing.assert_close(laid_out(rows), model(rows))
 
 
 def test_a_model_that_reads_laid_out_weights_runs_with_plain_ones(monkeypatch) -> None:
-    """Its own forward goes around the packed module; the check at load has to see that."""
+    """Its own forward goes around the module that was laid out; the check at load sees that."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

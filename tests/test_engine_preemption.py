@@ -1,4 +1,4 @@
-"""Texts that move, or give slots back and are read in again, read as if nothing had happened."""
+"""Sequences that move, or are preempted and recomputed, have the text of undisturbed ones."""
 
 from __future__ import annotations
 

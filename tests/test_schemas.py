@@ -21,7 +21,7 @@ from queue_api.wire.schemas import ErrorDetail, GenerationRequest, GenerationRes
         ({"prompt": []}, "'prompt' has no tokens; give at least one"),
         ({"prompt": 3}, "'prompt' is 3: must be a valid string"),
         ({"prompt": [5, -1]}, "'prompt[1]' is -1: must be at least 0"),
-        ({"prompt": "x", "stop": 5}, "'stop' is 5: must be a text or a list of texts"),
+        ({"prompt": "x", "stop": 5}, "'stop' is 5: must be a string or a list of strings"),
         (
             {"prompt": "x", "max_tokens": 10**5000},
             "'max_tokens' is a number of more than 4300 digits: must be less than 2147483648",
@@ -32,7 +32,7 @@ from queue_api.wire.schemas import ErrorDetail, GenerationRequest, GenerationRes
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
-            "must be one text; of OpenAI's content parts only text is taken, joined by you",
+            "must be one string; of OpenAI's content parts only text is taken, joined by you",
         ),
         ({}, "give either 'prompt' or 'messages', not both and not neither"),
         ({"messages": []}, "'messages' is empty"),

@@ -1,4 +1,4 @@
-"""Texts of a given form: real xgrammar on the demo model, judged by jsonschema and `re`."""
+"""Structured output: real xgrammar on the demo model, judged by jsonschema and `re`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_same_text_in_any_batch_and_partition(engine: Engine) -> None:
         other.close()
 
 
-def test_a_successor_goes_on_within_the_form(engine: Engine) -> None:
+def test_a_successor_goes_on_within_the_grammar(engine: Engine) -> None:
     sampling = {"structured_outputs": {"json": PERSON}, "temperature": 1.0, "max_tokens": 120}
     (request,) = requests(PROMPTS[:1], **sampling)
     (expected,) = engine.generate([request])
@@ -134,7 +134,9 @@ def test_a_successor_goes_on_within_the_form(engine: Engine) -> None:
         engine.add("k", request, generated=expected.token_ids[:kept], seed_key="0")
         done = run(engine)["k"]
         assert (done.token_ids, done.structured_output) == (expected.token_ids, "valid")
-    engine.add("k", request, generated=[5, 5, 5], seed_key="0")  # of no such form: begun anew
+    engine.add(
+        "k", request, generated=[5, 5, 5], seed_key="0"
+    )  # refused by the grammar: begun anew
     assert run(engine)["k"].token_ids == expected.token_ids
 
 
@@ -147,7 +149,7 @@ def test_a_successor_goes_on_within_the_form(engine: Engine) -> None:
         ({"grammar": "other ::= x"}, "root"),
     ],
 )
-def test_a_wrong_form_fails_its_request_alone(
+def test_a_wrong_grammar_fails_its_request_alone(
     engine: Engine, outputs: dict[str, Any], message: str
 ) -> None:
     right, wrong = requests(PROMPTS[:2]), requests(PROMPTS[2:], structured_outputs=outputs)
@@ -161,7 +163,7 @@ def test_a_wrong_form_fails_its_request_alone(
     assert (engine.num_running, engine.num_waiting) == (0, 0)
 
 
-def test_a_form_that_takes_too_long_doesnt_hold_up_others() -> None:
+def test_a_grammar_that_takes_too_long_doesnt_hold_up_others() -> None:
     pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
     engine = MODEL.engine()
     engine._grammars.compile_limit_s = 0.0
@@ -176,7 +178,7 @@ def test_a_form_that_takes_too_long_doesnt_hold_up_others() -> None:
     assert all(done[key].error is None for key in "abc")
 
 
-def test_cancelled_before_its_form_is_there(engine: Engine) -> None:
+def test_cancelled_before_its_grammar_is_there(engine: Engine) -> None:
     (request,) = requests(PROMPTS[:1], structured_outputs={"regex": "never[s]een"})
     engine.add("k", request)
     assert engine.cancel("k")

@@ -50,7 +50,7 @@ class WorkerSettings(EnvironmentSettings):
     max_model_len: int | None = Field(default=None, ge=1)
     """Prompt and new tokens together; the model's own limit when unset."""
     prefix_caching: bool = True
-    """Compute what texts begin with alike once."""
+    """Compute a prefix that sequences share once."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the engine."""
     trust_remote_code: bool = False

@@ -74,7 +74,7 @@ _ENGINE: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--prefix-caching/--no-prefix-caching",
-            help="Compute what texts begin with alike once (on).",
+            help="Compute a prefix that sequences share once (on).",
             show_default=False,
         ),
     ],

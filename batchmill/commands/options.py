@@ -115,7 +115,7 @@ _SAMPLING: dict[str, Any] = {
     "seed": Annotated[int | None, typer.Option(help="Fixes the draws.", show_default=False)],
     "stop": Annotated[
         list[str] | None,
-        typer.Option(help="Text that ends generation; may be repeated.", show_default=False),
+        typer.Option(help="A string that ends generation; may be repeated.", show_default=False),
     ],
     "ignore_eos": Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
@@ -172,7 +172,7 @@ def _sampling_of(values: dict[str, Any]) -> SamplingParams:
 
 
 sampling_options = option_group("sampling", _SAMPLING, _sampling_of)
-"""Give a command an option per sampling field; it gets them as one `sampling` parameter."""
+"""Give a command options of sampling fields; it gets them as one `sampling` parameter."""
 
 
 def tell(message: str) -> None:

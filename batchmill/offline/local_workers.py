@@ -26,7 +26,7 @@ _KEPT_LINES = 20
 
 
 class ClusterError(RunIncompleteError):
-    """No worker is left, and starting more of them is no use."""
+    """No worker is left, and none that is started again stays up."""
 
 
 class LocalCluster:
@@ -84,8 +84,8 @@ class LocalCluster:
                 watcher.result()
         if not self._stopping.is_set():
             raise ClusterError(
-                f"all {self.num_workers} workers ended, {self._max_restarts} restarts each were of "
-                f"no use; the last one said: {self._last_words('nothing')}"
+                f"all {self.num_workers} workers ended, also after {self._max_restarts} restarts "
+                f"each; the last one said: {self._last_words('nothing')}"
             )
 
     async def stop(self) -> None:

@@ -47,7 +47,7 @@ def measure(spec: ModelSpec, num_threads: int) -> list[dict[str, float | int | s
 
 
 def _kernels() -> dict[str, Callable[[torch.Tensor, int], Product]]:
-    """Ways to multiply by a weight; packing is paid at load, so it isn't timed."""
+    """Ways to multiply by a weight; laying it out is paid at load, so it isn't timed."""
     kernels: dict[str, Callable[[torch.Tensor, int], Product]] = {
         "linear": lambda w, _: lambda x: torch.nn.functional.linear(x, w)
     }
@@ -59,13 +59,13 @@ def _kernels() -> dict[str, Callable[[torch.Tensor, int], Product]]:
 
 
 def _onednn(weight: torch.Tensor, rows: int) -> Product:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
 
 
 def _mkl(weight: torch.Tensor, rows: int) -> Product:
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, rows)
+    laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkl._mkl_linear(x, laid_out, weight, None, rows)
 
 
 def _pass_s(products: list[Product], weights: list[torch.Tensor], rows: int) -> float:

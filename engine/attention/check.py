@@ -1,7 +1,8 @@
 """A backend against attention sequence by sequence, on random numbers, before a stage relies on it.
 
-The probe compares a model's output on sixteen tokens; this adds what they can't show: texts longer
-than a kernel's blocks, windows that cut, ranges of slots in any order and with gaps between them.
+The probe compares a model's output on sixteen tokens; this adds what they can't show: sequences
+longer than a kernel's blocks, windows that cut, ranges of slots in any order and with gaps between
+them.
 """
 
 from __future__ import annotations

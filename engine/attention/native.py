@@ -136,7 +136,7 @@ class NativeAttention:
 
 
 class NativeBackend:
-    """All sequences in one compiled call for prompts and one for single new tokens."""
+    """All sequences in one native call for prompts and one for single new tokens."""
 
     name = "native attention"
     token_major = False

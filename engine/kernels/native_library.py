@@ -44,7 +44,7 @@ def native_library(name: str) -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_library(Path(__file__).with_name(f"{name}.c"))))
     except (OSError, subprocess.SubprocessError) as problem:
         logger.warning(
-            "no compiled %s, the engine is slower (%s); install a C compiler such as gcc",
+            "no native %s, the engine is slower (%s); install a C compiler such as gcc",
             name.replace("_", " "),
             problem,
         )

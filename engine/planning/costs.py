@@ -169,9 +169,9 @@ class CostModel:
 
     def _copied(self, device: str) -> int:
         """Parameters of a tied embedding that are laid out a second time to be the head."""
-        return self.sizes.shared_params if self.packs(device) else 0
+        return self.sizes.shared_params if self.lays_out(device) else 0
 
-    def packs(self, device: str) -> bool:
+    def lays_out(self, device: str) -> bool:
         """True where weights are laid out anew when they are loaded."""
         dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
         return can_lay_out(torch.device(device), dtype)
@@ -189,7 +189,7 @@ class CostModel:
         matrices = sum(part.num_matrix_params for part in layers) - num_rounded
         matrices += stage.is_last * self.sizes.last.num_matrix_params
         # Each matrix is there twice until all are laid out anew.
-        load = weights + self.packs(stage.device) * (matrices * self.itemsize + num_rounded)
+        load = weights + self.lays_out(stage.device) * (matrices * self.itemsize + num_rounded)
         # Before they are rounded they are there as numbers, but where a file of such is mapped.
         load = max(load, weights + self._saved_bytes(stage.first_layer, stage.end_layer))
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
@@ -298,7 +298,7 @@ def plan_model(
     """Cut a model by the strategy of its config.
 
     `memory` and `mixed` make room for the cache that is asked for. Without a wish it is the
-    largest one that any cut has room for, by the engine's own rule, up to what can be of use.
+    largest one that any cut has room for, by the engine's own rule, up to what can be used.
 
     :param free_bytes: by device; what is free now by default
     :raises PartitionError: if no cut fits, or the bounds that were given don't cut the layers

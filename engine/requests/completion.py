@@ -32,7 +32,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One for each token of the prompt, None the first, if the request asked for them."""
     structured_output: StructuredOutputStatus | None = None
-    """Whether `text` has the form that the request asks for, if it does."""
+    """Whether `text` matches the request's grammar, if it asks for structured output."""
     stage_s: list[float] = field(default_factory=list)
     """Per stage: the sum over its steps of the step's time over the sequences in it."""
     samples: Seq[Completion] = ()

@@ -1,4 +1,4 @@
-"""How texts end: which token or words end one, and what the client gets then."""
+"""How sequences end: which token or stop string ends one, and the completion that follows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Ending", "complete", "ending_of", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a text ends."""
+    """Why a sequence ends."""
 
     reason: FinishReason
     stop_place: int | None = None
@@ -24,7 +24,7 @@ class Ending:
 
 
 def ending_of(sequence: Sequence, tokenizer: Tokenizer) -> Ending | None:
-    """Why the text ends with its last token; None if it goes on."""
+    """Why the sequence ends with its last token; None if it goes on."""
     sampling = sequence.sampling
     last = int(sequence.token_ids[sequence.num_tokens - 1])
     if last in sampling.stop_token_ids:
@@ -45,16 +45,16 @@ def ending_of(sequence: Sequence, tokenizer: Tokenizer) -> Ending | None:
 
 
 def complete(sequence: Sequence, ending: Ending, tokenizer: Tokenizer) -> Completion:
-    """What the client gets of a text that ended by itself; an error if it can't be decoded."""
+    """The completion of a sequence that ended by itself; an error if it can't be decoded."""
     try:
         words = tokenizer.decode(sequence.generated())[: ending.stop_place]
         return _completion(sequence, ending.reason, tokenizer, words)
-    except Exception as problem:  # of this text alone
+    except Exception as problem:  # of this sequence alone
         return _completion(sequence, FinishReason.ERROR, tokenizer, "", problem)
 
 
 def fail(sequence: Sequence, error: BaseException, tokenizer: Tokenizer) -> Completion:
-    """What the client gets of a text that can't go on: as far as it came, and what was wrong."""
+    """The completion of a sequence that can't go on: its text so far, and what was wrong."""
     try:
         words = tokenizer.decode(sequence.generated())
     except Exception:

@@ -49,7 +49,7 @@ class Sequence:
     in_flight: bool = False
     """Part of a micro-batch that hasn't come back."""
     is_preempted: bool = False
-    """It ran, gave its slots back, and waits to be read in again."""
+    """It ran, was preempted, and waits to be recomputed."""
     num_overtaken: int = 0
     """How many that arrived later were admitted before it."""
     is_cancelled: bool = False
@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def num_to_come(self) -> int:
-        """New tokens, at most: as many steps. A prompt takes few, for it is read in chunks."""
+        """New tokens, at most: as many steps. A prompt takes few, for it is computed in chunks."""
         return self.capacity - self.num_tokens
 
     @property

@@ -2,8 +2,8 @@
 
 The order and the meaning are vLLM's: bad words, biases, endings that come too early, then the
 penalties for repetition, frequency and presence; last, what the grammar doesn't allow goes out.
-All is computed from the tokens there are, so a resumed text is treated as one that was never
-interrupted.
+All is computed from the tokens there are, so a resumed sequence is treated as one that was
+never interrupted.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class LogitsChange:
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What a row of logits belongs to: a text's tokens so far, and what was asked for."""
+    """What a row of logits belongs to: its tokens so far, and what was asked for."""
 
     token_ids: npt.NDArray[np.int64]  # [L]; the prompt, then the new tokens
     num_prompt: int

@@ -1,14 +1,15 @@
-"""Which tokens' K and V the pool holds, so that a text with the same beginning copies them.
+"""Which tokens' K and V the pool holds, so that a sequence with the same beginning copies them.
 
 The mechanism is vLLM's automatic prefix caching (https://docs.vllm.ai/en/latest/design/prefix_caching):
 tokens in blocks of `BLOCK`, each block known by a hash chained over all tokens before it. Here a
-text has one contiguous range of slots, so a block isn't shared but copied: bytes, no FLOPs.
+sequence has one contiguous range of slots, so a block isn't shared but copied: bytes, no FLOPs.
 
-Why a copy never reads what another text has overwritten: a source is looked up when the batch
-that copies is made, and is then held by a running text or retained. Should its slots get another
-owner right afterwards, that one writes behind the copy, for each stage makes a batch's copies in
-order before it runs the batch, and runs batches in order. Only tokens whose batch has come back
-are known here, so one that failed leaves nothing behind: a text that moves is no source meanwhile.
+Why a copy never reads what another sequence has overwritten: a source is looked up when the batch
+that copies is made, and is then held by a running sequence or retained. Should its slots get
+another owner right afterwards, that one writes behind the copy, for each stage makes a batch's
+copies in order before it runs the batch, and runs batches in order. Only tokens whose batch has
+come back are known here, so one that failed leaves nothing behind: a sequence that moves is no
+source meanwhile.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ BLOCK = 16
 
 @dataclass(eq=False, slots=True)
 class _Range:
-    """Slots of one text, running or ended. A text that was preempted may have several."""
+    """Slots of one sequence, running or ended. One that was preempted may have several."""
 
     number: int
-    """Of the range, not of the text."""
+    """Of the range, not of the sequence."""
     first_slot: int
     token_ids: npt.NDArray[np.int64]
     num_written: int = 0
@@ -51,47 +52,47 @@ class _Range:
         for i in range(len(self.hashes), num_blocks):
             block = self.token_ids[i * BLOCK : (i + 1) * BLOCK].tobytes()
             before = self.hashes[-1] if self.hashes else b""
-            # Of a length at which nobody makes two texts that share one.
+            # Of a length at which nobody makes two sequences that share one.
             self.hashes.append(hashlib.blake2b(before + block, digest_size=32).digest())
         return self.hashes[:num_blocks]
 
 
 class PrefixCache:
-    """Slots of running texts, and of ended ones for as long as nobody else needs them.
+    """Slots of running sequences, and of ended ones for as long as nobody else needs them.
 
-    A text that was preempted counts as ended.
+    A sequence that was preempted counts as ended.
 
     Invariants: the index leads to block `i` of a range exactly for `i < num_known`, and
     `num_known * BLOCK <= num_written`; a claimed block is one that its owner, which runs, is going
-    to compute; every range in the allocator is a running text's or retained.
+    to compute; every range in the allocator is a running sequence's or retained.
     """
 
     def __init__(self, allocator: SlotAllocator) -> None:
         self._allocator = allocator
         self._num_ranges = 0
         self._running: dict[int, _Range] = {}
-        """By the number of the text."""
-        # The one that was of use longest ago in front.
+        """By the number of the sequence."""
+        # The least recently used in front.
         self._retained: OrderedDict[int, _Range] = OrderedDict()
         self._holders: dict[bytes, dict[int, _Range]] = {}
         """By a block's hash, then by the number of the range."""
         self._claims: dict[bytes, int] = {}
-        """By a block's hash: the number of the range whose text is about to compute it."""
+        """By a block's hash: the number of the range whose sequence is about to compute it."""
 
     @property
     def num_retained(self) -> int:
-        """Slots of ended texts."""
+        """Slots of ended sequences."""
         return sum(ended.num_written for ended in self._retained.values())
 
     def hold(self, sequence: Sequence) -> None:
-        """Take note of the range that a text has got."""
+        """Take note of the range that a sequence has got."""
         self._num_ranges += 1
         self._running[sequence.number] = _Range(
             self._num_ranges, sequence.first_slot, sequence.token_ids
         )
 
     def moved(self, sequence: Sequence) -> None:
-        """Note that a text gets another range, which its next batch fills.
+        """Note that a sequence gets another range, which its next batch fills.
 
         Until that is back others wait for its blocks, as they do for those not computed yet.
         """
@@ -116,10 +117,10 @@ class PrefixCache:
         self._retained[freed.number] = freed
 
     def must_wait(self, sequence: Sequence) -> bool:
-        """Whether another text is about to compute what this one, not begun yet, needs next.
+        """Whether another sequence is about to compute what this one, not begun yet, needs next.
 
-        If not, this one is about to compute the rest of its blocks itself. A text waits for none
-        that waits: of texts that begin alike, all know the same blocks, so all name one owner.
+        If not, this one is about to compute the rest of its blocks itself. None waits for
+        one that waits: of those that begin alike, all know the same blocks, so all name one owner.
         """
         if sequence.scores_prompt:
             return False
@@ -136,7 +137,7 @@ class PrefixCache:
         return False
 
     def reuse(self, sequence: Sequence) -> None:
-        """Let a text that begins copy what another holds of it, if any; all but its last token."""
+        """Let one that begins copy what another holds of it, if any; all but its last token."""
         if sequence.scores_prompt:
             return
         own = self._running[sequence.number]
@@ -156,7 +157,7 @@ class PrefixCache:
         sequence.num_cached = length
 
     def computed(self, sequence: Sequence) -> None:
-        """Note that the text's first `num_cached` tokens are in every stage's pool."""
+        """Note that the sequence's first `num_cached` tokens are in every stage's pool."""
         own = self._running[sequence.number]
         own.num_written = sequence.num_cached
         for block in own.hash_blocks(own.num_written)[own.num_known :]:
@@ -166,19 +167,19 @@ class PrefixCache:
         own.num_known = own.num_written // BLOCK
 
     def clear(self) -> None:
-        """Forget all ended texts."""
+        """Forget all ended sequences."""
         while self.evict():
             pass
 
     def evict(self) -> bool:
-        """Free the slots of the ended text of no use for longest; False if there is none."""
+        """Free the slots of the least recently used ended sequence; False if there is none."""
         if not self._retained:
             return False
         self._drop(self._retained.popitem(last=False)[1])
         return True
 
     def evict_at(self, first_slot: int) -> bool:
-        """Free the slots of the ended text that begins there; False if there is none."""
+        """Free the slots of the ended sequence that begins there; False if there is none."""
         for ended in self._retained.values():
             if ended.first_slot == first_slot:
                 self._drop(self._retained.pop(ended.number))
@@ -186,7 +187,7 @@ class PrefixCache:
         return False
 
     def _num_held(self, blocks: list[bytes]) -> int:
-        """How many of a text's blocks, from the first on, are held."""
+        """How many of a sequence's blocks, from the first on, are held."""
         for i, block in enumerate(blocks):
             if block not in self._holders:
                 return i

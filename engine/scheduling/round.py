@@ -30,7 +30,7 @@ class Round:
     def pack(cls, work: Iterable[tuple[Sequence, int]], *, use_cache: bool = True) -> Round:
         """Pack the next `count` pending tokens of each sequence.
 
-        Without a cache a sequence's whole text is packed, whatever `count` says.
+        Without a cache all tokens of a sequence are packed, whatever `count` says.
         """
         segments, sequences, due, rows, ids, positions, slots = [], [], [], [], [], [], []
         scored: list[tuple[Sequence, range]] = []

@@ -5,13 +5,13 @@ prefill chunks up to the token budget. Within a micro-batch those come first tha
 longest. With a prefix cache a sequence that hasn't begun waits for another that is computing what
 both begin with.
 
-Where more wait than may begin, those with the most new tokens to come begin first: a long text that
+Where more wait than may begin, those with the most new tokens to come begin first: a long one that
 begins last would end alone, in batches of one (longest processing time first: Graham, "Bounds on
 Multiprocessing Timing Anomalies", 1969). Nothing starves: none is overtaken more than
 `max_num_seqs` times.
 
 A sequence that finds no slot for its next token takes those of the last to arrive, which keeps its
-tokens and is read in again later: vLLM's preemption by recomputing (Kwon et al., "Efficient Memory
+tokens and is recomputed later: vLLM's preemption by recomputing (Kwon et al., "Efficient Memory
 Management for Large Language Models with PagedAttention", section 4.5). It is never taken from by a
 younger one, so the oldest always goes on, and after it the next.
 """

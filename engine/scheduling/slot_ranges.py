@@ -1,13 +1,13 @@
 """Each running sequence's range of slots: how long it is, how it grows, and when it moves.
 
-A range begins with room for what is there and some more, for most texts end before `max_tokens`,
-and grows while the text does::
+A range begins with room for what is there and some more, for most sequences end before
+`max_tokens`, and grows while the sequence does::
 
-    slots    | prompt, new tokens | headroom | free, another's, or an ended text's |
+    slots    | prompt, new tokens | headroom | free, another's, or an ended one's |
     length   num_tokens + headroom, or an even share of all slots if that is more
-    grows    in place into what is free or an ended text's; else by moving to a longer free range
+    grows    in place into what is free or an ended one's; else by moving to a longer free range
 
-With slots for all places at full length the share is the whole text, so nothing ever moves.
+With slots for all places at full length the share is the whole sequence, so nothing ever moves.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SlotRanges:
         return min(sequence.capacity, max(least, self._share)), min(sequence.capacity, least)
 
     def _extend(self, sequence: Sequence) -> bool:
-        """Lengthen a range in place, into slots that are free or an ended text's."""
+        """Lengthen a range in place, into slots that are free or an ended sequence's."""
         if sequence.num_slots >= sequence.num_tokens:
             return True
         first, length = sequence.first_slot, self._lengths(sequence)[0]
@@ -97,7 +97,7 @@ class SlotRanges:
         return True
 
     def _place(self, sequence: Sequence) -> bool:
-        """Find a sequence a new range, if need be at the cost of ended texts."""
+        """Find a sequence a new range, if need be at the cost of ended ones."""
         prefixes = self._prefixes
         for length in self._lengths(sequence):
             retained = 0 if prefixes is None else prefixes.num_retained

@@ -1,7 +1,7 @@
 """Decode steps replayed as CUDA graphs, for they are bound by launches otherwise.
 
 A graph is captured for one number of rows; a batch runs in the smallest that holds it, with
-padding rows that read and write a slot of their own, which no text has. Everything that differs
+padding rows that read and write a slot of their own, which no sequence has. Everything that differs
 from step to step is in one tensor on the device.
 """
 
@@ -173,7 +173,7 @@ class _PaddedDecode:
             slots=self._rows[2],
             logit_rows=torch.arange(size, device=device),
         )
-        # The longest text is the pool's length: the kernel reads no further than the counts say.
+        # The longest is the pool's length: the kernel reads no further than the counts say.
         layout = VarlenLayout(queries, key_starts, key_counts, 1, scratch_slot)
         self._batch.layouts[VarlenLayout, self._rows.device] = layout
 

@@ -1,6 +1,6 @@
 """Load a stage, and settle how it runs by comparing it with the model's own forward.
 
-Whatever fits neither of the two ways (stage.py) is refused: better no text than wrong text.
+Whatever fits neither of the two ways (stage.py) is refused: better no output than wrong output.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class ModeChoice:
         if not set(getattr(text, "layer_types", None) or ()) <= PACKABLE_LAYERS:
             raise UnsupportedModelError("layers that keep another state than K and V")
         if _rope_types(text) & BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModelError("positions that depend on the batch's longest text")
+            raise UnsupportedModelError("positions that depend on the batch's longest sequence")
 
     def _probe_input(self) -> torch.Tensor:
         if self._stage.spec.is_first:
@@ -263,7 +263,7 @@ class ModeChoice:
     def _check_windows(self, call: AttentionCall) -> None:
         """See that transformers' cache, which `generate` uses, keeps what the masks show.
 
-        :raises UnsupportedModelError: if it would drop tokens within the length of a text
+        :raises UnsupportedModelError: if it would drop tokens within the length of a sequence
         """
         text = self._stage.whole_config.get_text_config()
         longest = getattr(text, "max_position_embeddings", None)

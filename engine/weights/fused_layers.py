@@ -28,7 +28,7 @@ _TOLERANCE = 1e-5
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Replace what can be in `model`, whose linear layers are packed already."""
+    """Replace what can be in `model`, whose linear layers are laid out already."""
     fused = fused_layers()
     if fused is None:
         return

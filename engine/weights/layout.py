@@ -64,37 +64,37 @@ class _Panels:
         multiply = panel_product()
         assert multiply is not None
         self._multiply = multiply
-        self._packed = multiply.lay_out(weight)
+        self._laid_out = multiply.lay_out(weight)
         self._outputs = weight.shape[0]
         self._scales = scales
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._multiply(x, self._packed, bias, self._outputs, self._scales)
+        return self._multiply(x, self._laid_out, bias, self._outputs, self._scales)
 
 
 class _Mkl:
     def __init__(self, weight: torch.Tensor) -> None:
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
+        self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_ROWS)
         self._shape_alone = _shape_alone(*weight.shape)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         plain = self._shape_alone
         # Told another number of rows than there are, it would take the plain weight.
         rows = x.numel() // plain.shape[1]
-        return cast(torch.Tensor, torch.ops.mkl._mkl_linear(x, self._packed, plain, bias, rows))
+        return cast(torch.Tensor, torch.ops.mkl._mkl_linear(x, self._laid_out, plain, bias, rows))
 
 
 class _OneDnn:
     def __init__(self, weight: torch.Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
-        return cast(torch.Tensor, linear(x, self._packed, bias, "none", [], ""))
+        return cast(torch.Tensor, linear(x, self._laid_out, bias, "none", [], ""))
 
 
 def can_lay_out(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where packed weights are known to pay."""
+    """True where laid-out weights are known to pay."""
     return device.type == "cpu" and dtype == torch.float32 and _layout() is not None
 
 
@@ -123,11 +123,11 @@ def lay_out_linears(model: nn.Module) -> None:
     layout = _layout()
     assert layout is not None, "ask can_lay_out before"
 
-    def packed(module: nn.Module) -> nn.Module | None:
+    def laid_out(module: nn.Module) -> nn.Module | None:
         if isinstance(module, RoundedLinear) and lays_out_int8():
             return LaidOutLinear(module, _Panels(module.rounded.values, module.rounded.scales))
         if isinstance(module, RoundedLinear) or is_plain_linear(module):
             return LaidOutLinear(module, layout(module.weight.detach()))
         return None
 
-    replace_modules(model, packed)
+    replace_modules(model, laid_out)

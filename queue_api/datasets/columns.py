@@ -77,7 +77,7 @@ class RowParser:
 
     defaults: SamplingParams | None = None
     keep_columns: bool = False
-    """Send columns we have no use for along as metadata: whoever reads the results may not have
+    """Send the other columns along as metadata: whoever reads the results may not have
     the input."""
     warn: Callable[[str], None] = logger.warning
     _index: int = 0
@@ -104,7 +104,7 @@ class RowParser:
     def _request(self, columns: dict[str, Any], index: int) -> GenerationRequest:
         given = columns.get("id")
         if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-            raise InvalidRequestError(f"'id' is {given!r:.60}: give a text or an integer")
+            raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
         # a table has a null where a row has no value of its own
         fields = {
             name: value

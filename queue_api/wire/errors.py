@@ -5,7 +5,7 @@
     * MissingExtraError: an optional dependency (torch, ...) isn't installed
     * ModelNotFoundError: no such model folder or Hub id
     * UnsupportedModelError: the architecture can't run here without being wrong
-    * PartitionError: a partition plan that doesn't fit its model or devices
+    * PartitionError: a partition that doesn't fit its model or devices
   * RequestError: one request is at fault; it becomes that request's result
     * InvalidRequestError
     * UnsupportedRequestError
@@ -77,7 +77,7 @@ class UnsupportedModelError(ConfigurationError):
 
 
 class PartitionError(ConfigurationError):
-    """A partition plan that doesn't fit its model or devices."""
+    """A partition that doesn't fit its model or devices."""
 
 
 class RequestError(BatchmillError):

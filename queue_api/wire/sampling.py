@@ -38,14 +38,14 @@ DEFAULT_MAX_TOKENS = 128
 
 
 def _as_texts(value: object) -> object:
-    """Let one text stand for a list of one, as OpenAI and vLLM do."""
+    """Let one string stand for a list of one, as OpenAI and vLLM do."""
     if not isinstance(value, str | list | tuple):
-        raise ValueError("must be a text or a list of texts")
+        raise ValueError("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
 WIRE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-_TokenKey = Annotated[int, Field(ge=0, lt=2**31)]  # a JSON key is a text
+_TokenKey = Annotated[int, Field(ge=0, lt=2**31)]  # a JSON key is a string
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 _Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
@@ -83,7 +83,7 @@ class SamplingParams(BaseModel):
     stop: Annotated[
         list[_StopString], BeforeValidator(_as_texts), Field(max_length=MAX_STOP_STRINGS)
     ] = Field(default_factory=list)
-    """Text that ends generation; it isn't part of the result's text."""
+    """Strings that end generation; what ended it isn't part of the result's text."""
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
     """Token ids that end generation, besides the model's end-of-text ids."""
     ignore_eos: bool = False
@@ -111,7 +111,7 @@ class SamplingParams(BaseModel):
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, strict=True)
     """The same for each token of the prompt but the first."""
     structured_outputs: StructuredOutputs | None = None
-    """The form that the text must have."""
+    """Structured output: a schema, pattern or grammar that the text must match."""
 
     def __eq__(self, other: object) -> bool:
         # pydantic's, which whoever leaves out defaults calls for each request, takes much longer
@@ -153,7 +153,7 @@ class SamplingParams(BaseModel):
         if self.structured_outputs is not None and (self.ignore_eos or self.min_tokens):
             raise ValueError(
                 "'ignore_eos' and 'min_tokens' can't be with 'structured_outputs': "
-                "such a text ends where its form does"
+                "such a text ends where its grammar does"
             )
         if self.min_tokens > self.max_tokens:
             raise ValueError(

@@ -65,7 +65,7 @@ class FinishReason(StrEnum):
 
 
 class StructuredOutputStatus(StrEnum):
-    """Whether a text has the form that its request asks for."""
+    """Whether a text matches the grammar that its request asks for."""
 
     VALID = "valid"
     TRUNCATED = "truncated"
@@ -76,7 +76,7 @@ class StructuredOutputStatus(StrEnum):
 def _one_text(content: object) -> object:
     if isinstance(content, list):
         raise ValueError(
-            "must be one text; of OpenAI's content parts only text is taken, joined by you"
+            "must be one string; of OpenAI's content parts only text is taken, joined by you"
         )
     return content
 
@@ -257,7 +257,7 @@ class GenerationResult(BaseModel):
     outputs: list[CompletionOutput] | None = None
     """All samples, if `n` asked for several; `text` and the like are the first's then."""
     structured_output: StructuredOutputStatus | None = None
-    """Whether the text has the form that `structured_outputs` asked for, if it did."""
+    """Whether the text matches what `structured_outputs` asked for, if anything."""
     finish_reason: FinishReason
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -1,4 +1,4 @@
-"""StructuredOutputs: the form that a text must have, under vLLM's names."""
+"""StructuredOutputs: what a text must match, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_CHOICE_CHARS = 512
 
 
 def _parsed(value: object) -> object:
-    """Let a schema be a text, as vLLM does."""
+    """Let a schema be a string, as vLLM does."""
     if not isinstance(value, str):
         return value
     try:
@@ -31,10 +31,10 @@ def _parsed(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
 class StructuredOutputs:
-    """The form of a request's text: exactly one of the fields. Names and meanings are vLLM's."""
+    """What a text must match: exactly one of the fields. Names and meanings are vLLM's."""
 
     json: Annotated[dict[str, Any] | None, BeforeValidator(_parsed)] = None
-    """A JSON schema, as an object or as text; the new text is JSON that has this form."""
+    """A JSON schema, as an object or a string; the new text is JSON that it accepts."""
     json_object: bool | None = None
     """True: any JSON object."""
     regex: Annotated[str, Field(min_length=1, max_length=MAX_REGEX_CHARS)] | None = None
@@ -61,7 +61,7 @@ class StructuredOutputs:
 
     @property
     def key(self) -> str:
-        """The same for the same form, and only for it."""
+        """The same for the same grammar, and only for it."""
         return json.dumps(
             [self.json, bool(self.json_object), self.regex, self.choice, self.grammar]
         )

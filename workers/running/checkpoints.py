@@ -1,8 +1,8 @@
 """Partial texts in Redis, so that a long generation survives the worker that began it.
 
 A request's new tokens are appended to a string key now and then. Whoever claims the request
-again hands them to its engine, which reads them in and goes on behind them. Draws depend on the
-position alone, so the text is the one an undisturbed run would have given.
+again hands them to its engine, which computes them as it does a prompt and goes on behind them.
+Draws depend on the position alone, so the text is the one an undisturbed run would have given.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Checkpoints:
         for place, reply in zip(due, replies, strict=True):
             if isinstance(reply, Exception):
                 raise reply
-            # less than was sent if the text is gone: the next time it is written from its start
+            # less than was sent if the key is gone: the next time it is written from its start
             self._saved[place] = min(reply // TOKEN_BYTES, len(due[place]))
 
     def _saving(self, place: Place, tokens: Sequence[int]) -> ScriptCall:

@@ -122,7 +122,9 @@ class EchoEngine:
         if request.sampling.n > 1:
             raise InvalidRequestError(f"'n' is {request.sampling.n}: an echo has one sample")
         if request.sampling.structured_outputs is not None:
-            raise UnsupportedRequestError("'structured_outputs': an echo has the prompt's form")
+            raise UnsupportedRequestError(
+                "'structured_outputs': an echo is the prompt, whatever was asked for"
+            )
         words = _words(request)
         if len(words) > MAX_PROMPT_WORDS:
             raise PromptTooLongError(
