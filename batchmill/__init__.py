@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SyncClient,
         SyncRun,
     )
+    from queue_api.connection.embedded import EmbeddedRedis
     from queue_api.connection.settings import QueueSettings
     from queue_api.datasets.run import run_dataset
     from queue_api.datasets.summary import (
@@ -75,6 +76,7 @@ __all__ = [
     "ConfigurationError",
     "DatasetError",
     "DuplicateRequestError",
+    "EmbeddedRedis",
     "EngineError",
     "ErrorDetail",
     "FinishReason",
@@ -120,6 +122,7 @@ _HOMES = {
     "queue_api.client.client": ["Client"],
     "queue_api.client.run": ["Run"],
     "queue_api.client.sync_client": ["SyncClient", "SyncRun"],
+    "queue_api.connection.embedded": ["EmbeddedRedis"],
     "queue_api.connection.settings": ["QueueSettings"],
     "queue_api.datasets.run": ["run_dataset"],
     "queue_api.datasets.summary": ["Progress", "RunSummary"],

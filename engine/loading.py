@@ -44,7 +44,7 @@ class LoadedModel:
 
     name: str
     revision: str | None
-    """Which weights: what was begun with some isn't to go on with others."""
+    """Names the weights: a generation begun with one revision isn't resumed with another."""
     tokenizer: Tokenizer
     stages: Sequence[Stage]
     max_model_len: int
@@ -84,7 +84,7 @@ def _plan(
     config: EngineConfig,
     max_model_len: int,
 ) -> PartitionPlan:
-    if config.partition in {"uniform", "custom"}:  # nothing to weigh
+    if config.partition in {"uniform", "custom"}:  # no costs are needed
         num_layers = model_config.get_text_config().num_hidden_layers
         return plan_partition(num_layers, config.devices, config.partition, config.layer_bounds)
     sizes = ModelSizes.read(checkpoint, model_config)

@@ -89,7 +89,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a try to get work brought."""
+    """The outcome of one claim."""
 
     leases: list[Lease]
     is_suspended: bool

@@ -31,7 +31,7 @@ LOCKS_S = 15.0
 
 
 class Maintenance:
-    """What one worker does of it; to be called from one thread."""
+    """One worker's share of it; to be called from one thread."""
 
     def __init__(
         self,

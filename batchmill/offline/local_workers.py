@@ -21,7 +21,7 @@ __all__ = ["ClusterError", "LocalCluster"]
 logger = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
-"""A worker that ends so was set up wrongly: starting it again would change nothing."""
+"""Exit code of a worker that was set up wrongly: starting it again would change nothing."""
 _KEPT_LINES = 20
 
 
@@ -32,8 +32,8 @@ class ClusterError(RunIncompleteError):
 class LocalCluster:
     """`num_workers` processes of `batchmill worker`; use as an async context manager.
 
-    A worker that dies is started again, `max_restarts` times in all per place. Its other end,
-    whatever it had claimed, is the queue's business: leases run out and others take over.
+    A worker that dies is started again, `max_restarts` times in all per place. What it had
+    claimed is taken over by others when its leases run out.
     """
 
     def __init__(

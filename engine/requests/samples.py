@@ -43,12 +43,12 @@ class SampleGroups:
         return left
 
     def gather(self, ended: Iterable[Completion]) -> tuple[list[Completion], list[str]]:
-        """Put what ended together: completions of whole requests, and samples without use now.
+        """Completions of whole requests, and keys of samples to cancel, since another one failed.
 
-        What isn't a sample passes through.
+        Completions that aren't samples are returned as they are.
         """
         whole: list[Completion] = []
-        useless: list[str] = []
+        to_cancel: list[str] = []
         for key, completion in [(self._request_of.pop(c.key, None), c) for c in ended]:
             if key is None:
                 whole.append(completion)
@@ -57,11 +57,11 @@ class SampleGroups:
                 done = [sample for sample in samples.values() if sample is not None]
                 if completion.error is not None:
                     whole.append(replace(completion, key=key))
-                    useless += self.drop(key)
+                    to_cancel += self.drop(key)
                 elif len(done) == len(samples):
                     whole.append(_merged(key, done))
                     self.drop(key)
-        return whole, useless
+        return whole, to_cancel
 
     def clear(self) -> None:
         self._ended.clear()

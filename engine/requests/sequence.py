@@ -39,7 +39,7 @@ class Sequence:
     stage_s: list[float]
     num_cached: int = 0
     sample: int = 0
-    """Which of its request's samples, from 0; a part of what a draw is from."""
+    """Which of its request's samples, from 0; its draws depend on that."""
     first_slot: int = -1
     """Of the range of slots that it has while it runs, the same in every stage; -1 if it waits."""
     num_slots: int = 0

@@ -1,4 +1,4 @@
-"""Structured output: grammars are compiled beside the steps, and mask logits in them.
+"""Structured output: grammars are compiled in threads, and mask logits at each step.
 
 xgrammar, an optional dependency, compiles what was asked for over the model's tokens and says at
 each step which tokens may come next (Dong et al. 2024, "XGrammar"). A text's state follows from

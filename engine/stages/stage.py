@@ -45,7 +45,7 @@ class Stage:
         self.use_cache = use_cache
         self.mode: Mode = "packed"
         self.backends = backends_for(self.device, model.dtype)
-        """Who may attend here, the fastest first, the one that always works last."""
+        """Attention backends to try, the fastest first; the last one always works."""
         self.attention = self.backends[0]
         self.pool: KVPool | None = None
         self.kv_shapes: list[KVShape] = []

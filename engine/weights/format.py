@@ -29,7 +29,7 @@ class WeightFormat(Protocol):
     name: Quantization
 
     def revision(self, published: str | None) -> str | None:
-        """Which weights these are: what was begun with some isn't to go on with others."""
+        """Name of the weights: what was begun with one revision isn't resumed with another."""
         ...
 
     def convert(self, layers: nn.Module, *, lays_out: bool, where: str, model: str) -> None:

@@ -12,7 +12,7 @@ __all__ = ["Keeper"]
 
 
 class Keeper:
-    """Beats for a runner."""
+    """Heartbeats of a runner."""
 
     def __init__(self, connection: aredis.Redis, leases: Leases, runner: Runner) -> None:
         self._connection = connection
