@@ -1,7 +1,8 @@
-"""What giving slots as texts grow is worth, beside reserving `max_tokens`: steps, texts at once.
+"""What giving slots as sequences grow is worth, beside reserving `max_tokens`: steps, sequences at
+once.
 
-How texts would run if each reserved prompt and `max_tokens` is counted, not run: in the order of
-arrival, one token of each per step, prompts read in no time, which flatters it.
+How sequences would run if each reserved prompt and `max_tokens` is counted, not run: in the order
+of arrival, one token of each per step, prompts computed in no time, which flatters it.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 For every causal-LM architecture of the installed transformers: build a small random model, write 16
 texts greedily in float32 with 1, 2 and 4 stages, and compare them with `transformers.generate`
-token for token, and the logits of a prompt read in chunks with the model's own forward. Each one
-runs in a process of its own with a time limit; results are kept as JSON, so that a sweep that was
-stopped goes on where it was. At the end the table in docs/support.md is written.
+token for token, and the logits of a prompt computed in chunks with the model's own forward. Each
+one runs in a process of its own with a time limit; results are kept as JSON, so that a sweep that
+was stopped goes on where it was. At the end the table in docs/support.md is written.
 
     python benchmarks/support_table.py [--only NAME ...] [--again]
 
@@ -338,9 +338,9 @@ def render(results: dict[str, Result]) -> str:
         f"{transformers.__version__}. For each of the {len(results)} causal-LM architectures it "
         f"builds a small random model, writes 16 texts of mixed lengths greedily in float32 with "
         f"1, 2 and 4 stages, and compares them with `transformers.generate` token for token, and "
-        f"the logits of a prompt read in chunks with the model's own forward. Where the two best "
-        f"tokens are a tie up to rounding, either is right. Windows, chunks and sparse selections "
-        f"are small enough to matter within these texts.",
+        f"the logits of a prompt computed in chunks with the model's own forward. Where the two "
+        f"best tokens are a tie up to rounding, either is right. Windows, chunks and sparse "
+        f"selections are small enough to matter within these texts.",
         "",
         f"**{exact} are token-identical with 1, 2 and 4 stages** ({counts['packed']} packed, "
         f"{counts['single']} single, {counts['mixed']} some of each); {counts['refused']} are "

@@ -50,7 +50,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(job: dict[str, Any]) -> dict[str, Any]:
-    """Write the model in the engine's own form."""
+    """Write the model in the engine's own format."""
     module = importlib.import_module(f"benchmarks.throughput.engines.{job['module']}")
     module.convert(Path(job["model"]), Path(job["converted"]))
     return {}

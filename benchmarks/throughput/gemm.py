@@ -52,9 +52,9 @@ def _kernels() -> dict[str, Callable[[torch.Tensor, int], Product]]:
         "linear": lambda w, _: lambda x: torch.nn.functional.linear(x, w)
     }
     if torch.backends.mkldnn.is_available():
-        kernels["onednn_packed"] = _onednn
+        kernels["laid out for oneDNN"] = _onednn
     if torch.backends.mkl.is_available():
-        kernels["mkl_packed"] = _mkl
+        kernels["laid out for MKL"] = _mkl
     return kernels
 
 

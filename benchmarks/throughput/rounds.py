@@ -156,7 +156,7 @@ class Harness:
             return self._child("run", contestant.peer, job)
 
     def converted(self, contestant: Contestant, folder: Path) -> Path | None:
-        """The model in the engine's own form, made once and kept beside the model."""
+        """The model in the engine's own format, made once and kept beside the model."""
         if contestant.converter is None:
             return None
         target = folder.with_name(contestant.module)
