@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from queue_api.store.runs import RunStatus
     from queue_api.wire.errors import (
         BatchmillError,
+        ClientClosedError,
         ConfigurationError,
         DatasetError,
         DuplicateRequestError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         RunNotFoundError,
         UnsupportedModelError,
         UnsupportedRequestError,
+        WrongOwnerError,
     )
     from queue_api.wire.sampling import SamplingParams
     from queue_api.wire.sampling_fields import SamplingFields
@@ -72,6 +74,7 @@ __all__ = [
     "BatchmillError",
     "ChatMessage",
     "Client",
+    "ClientClosedError",
     "CompletionOutput",
     "ConfigurationError",
     "DatasetError",
@@ -115,6 +118,7 @@ __all__ = [
     "TokenLogprobs",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WrongOwnerError",
     "run_dataset",
 ]
 
@@ -129,6 +133,7 @@ _HOMES = {
     "queue_api.store.runs": ["RunStatus"],
     "queue_api.wire.errors": [
         "BatchmillError",
+        "ClientClosedError",
         "ConfigurationError",
         "DatasetError",
         "DuplicateRequestError",
@@ -152,6 +157,7 @@ _HOMES = {
         "RunNotFoundError",
         "UnsupportedModelError",
         "UnsupportedRequestError",
+        "WrongOwnerError",
     ],
     "queue_api.wire.sampling": ["SamplingParams"],
     "queue_api.wire.sampling_fields": ["SamplingFields"],

@@ -15,13 +15,15 @@ from queue_api.store.enqueue import QUEUE_FULL
 from queue_api.store.jobs import chunk_job_id, request_json
 from queue_api.store.reconcile import Reconciler, cancel_requests
 from queue_api.store.run_store import RunStore, parse_result
-from queue_api.wire.errors import BatchmillError, QueueFullError
+from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
 __all__ = ["Interactive"]
 
 GATHER_S = 0.001
 FULL_PAUSE_S = 0.05
+GOODBYE_S = 5.0
+"""How long a client that is closed tries to take back what it has on the queue."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Interactive:
         self._unsent: list[int] = []
         self._withdrawn: set[int] = set()
         self._closed = False
+        self._is_open = False
+        """The run is in Redis, or was."""
         self._next = 0
         self._opening = asyncio.Lock()
         self._receiver: asyncio.Task[None] | None = None
@@ -55,10 +59,10 @@ class Interactive:
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Enqueue the request and wait for its result.
 
-        :raises RuntimeError: closed; nobody would send it, nor hear of its result
+        :raises ClientClosedError: closed, now or while it waits
         """
         if self._closed:
-            raise RuntimeError("the client is closed")
+            raise ClientClosedError("the client is closed; make another one")
         loop = asyncio.get_running_loop()
         index, self._next = self._next, self._next + 1
         pending = self._pending[index] = _Pending(request, loop.create_future())
@@ -74,19 +78,24 @@ class Interactive:
         finally:
             self._pending.pop(index, None)
 
-    async def close(self) -> None:
-        """Give up on what is pending and forget the run."""
+    def stop(self) -> None:
+        """Give up on what is pending; its callers are told so."""
         self._closed = True
+        self._withdrawn.update(self._pending)
+        for index in self._pending:
+            self._fail(index, ClientClosedError("the client was closed while the call waited"))
+
+    async def close(self) -> None:
+        """After `stop`, take back what is on the queue and forget the run."""
         tasks = [*self._background, *([self._receiver] if self._receiver else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for pending in self._pending.values():
-            pending.future.cancel()
-        if self._receiver is not None:
-            with contextlib.suppress(BatchmillError):
-                await self._cancel([*self._pending, *self._withdrawn])
-                await self._store.delete(self._run)
+        if self._is_open:
+            with contextlib.suppress(BatchmillError, TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await self._cancel(sorted(self._withdrawn))
+                    await self._store.delete(self._run)
 
     def _start(self, work: Callable[..., Coroutine[None, None, None]], *args: int) -> None:
         if self._closed:
@@ -120,6 +129,7 @@ class Interactive:
 
     async def _open(self) -> None:
         await self._store.open(self._run, queue=self._store.settings.queue, chunk_size=1)
+        self._is_open = True
 
     async def _enqueue(self, indexes: Sequence[int]) -> None:
         template = self._store.template(self._store.settings.queue)
@@ -189,6 +199,6 @@ class Interactive:
         self._withdrawn.discard(index)
 
     async def _cancel(self, indexes: Sequence[int]) -> None:
-        if indexes and self._receiver is not None:
+        if indexes and self._is_open:
             status = await self._store.status(self._run)
             await cancel_requests(self._store, status, indexes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Unpack
 from uuid import uuid4
@@ -16,7 +17,7 @@ from queue_api.client.submission import Requests, Submission, as_request, finger
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.run_store import RunStore
 from queue_api.store.runs import RunStatus, check_run_id, is_run_id
-from queue_api.wire.errors import DuplicateRequestError, RunIncompleteError
+from queue_api.wire.errors import ClientClosedError, DuplicateRequestError
 from queue_api.wire.sampling_fields import SamplingFields
 from queue_api.wire.schemas import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
 
@@ -34,9 +35,12 @@ class Client:
 
     Without arguments it reads REDIS_URL and BATCHMILL_* from the environment. Results with
     `finish_reason` `error` are returned, not raised: see GenerationResult.raise_for_error.
-    One client serves thousands of pending calls; use it from one event loop.
+    One client serves thousands of pending calls. It belongs to the process and event loop that
+    use it first.
 
     :raises RedisAccessError: at the first use: nothing answers, wrong password, unfit server
+    :raises WrongOwnerError: at any use from another process or event loop; a RuntimeError
+    :raises ClientClosedError: at any use after `close`, and of what waits then; a RuntimeError
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class Client:
         self.store = RunStore(self.settings)
         self.reader = ResultReader(self.store)
         self._interactive = Interactive(self.store, self.reader, wait_when_full)
+        self._is_closed = False
 
     async def __aenter__(self) -> Client:
+        self.check()
         try:
             await self.store.connect()
         except BaseException:
@@ -74,10 +80,30 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Let go of Redis. What was submitted goes on without us."""
-        await self._interactive.close()
-        await self.reader.close()
+        """Let go of Redis. What was submitted goes on without us.
+
+        Whoever waits for results of this client gets a ClientClosedError.
+        """
+        if self._is_closed:
+            return
+        if not self.store.owner.is_gone:
+            self.check()
+            self._is_closed = True
+            self._interactive.stop()
+            await self.reader.close()
+            await self._interactive.close()
+        self._is_closed = True
         await self.store.close()
+
+    def check(self) -> None:
+        """Come from the process and event loop that have the client, before it is closed.
+
+        :raises ClientClosedError: see the class
+        :raises WrongOwnerError: see the class
+        """
+        if self._is_closed:
+            raise ClientClosedError("the client is closed; make another one")
+        self.store.owner.check()
 
     async def generate(
         self,
@@ -100,8 +126,9 @@ class Client:
         :raises InvalidRequestError: unknown field, wrong type, out of range
         :raises DuplicateRequestError: another prompt has this id
         :raises TimeoutError: see above
-        :raises RuntimeError: the client is closed
+        :raises ClientClosedError: the client is closed, now or while it waits
         """
+        self.check()
         # What has a wrong type is left as it is: it is told by its field's name.
         fields: dict[str, Any] = {"id": uuid4().hex if id is None else id, **sampling}
         if prompt is not None:
@@ -139,11 +166,8 @@ class Client:
                 f"id {request.id!r} belongs to another prompt or other sampling fields"
             )
         run = await self.submit([request], run_id)
-        async for result in run.results():
-            return result
-        raise RunIncompleteError(
-            f"the result of id {request.id!r} was taken off the stream of its run"
-        )
+        async with aclosing(run.results()) as results:
+            return await anext(results)
 
     async def submit(
         self,
@@ -165,25 +189,40 @@ class Client:
         :raises InvalidRequestError: the run id belongs to other requests
         :raises QueueFullError: the queue is full, for a client that doesn't wait
         """
-        run_id = check_run_id(run if run is not None else uuid4().hex)
+        self.check()
+        submission = self.submission(run, queue=queue, chunk_size=chunk_size, defaults=defaults)
+        await submission.run(requests)
+        return self.submitted(submission, requests)
 
-        def submission() -> Submission:
-            return Submission(
-                self.store,
-                run_id,
-                queue=queue or self.settings.queue,
-                chunk_size=chunk_size or self.settings.chunk_size,
-                defaults=defaults,
-                wait_when_full=self.wait_when_full,
-            )
+    def submission(
+        self,
+        run: str | None,
+        *,
+        queue: str | None = None,
+        chunk_size: int | None = None,
+        defaults: SamplingParams | None = None,
+    ) -> Submission:
+        """What `submit` does, for who takes the requests to it one by one.
+
+        :raises InvalidRequestError: no run can have this id
+        """
+        return Submission(
+            self.store,
+            check_run_id(run if run is not None else uuid4().hex),
+            queue=queue or self.settings.queue,
+            chunk_size=chunk_size or self.settings.chunk_size,
+            defaults=defaults,
+            wait_when_full=self.wait_when_full,
+        )
+
+    def submitted(self, submission: Submission, requests: Requests) -> Run:
+        """The run of a submission that is through with these requests."""
 
         async def submit_again(indexes: Collection[int]) -> None:
-            await submission().run(requests, frozenset(indexes))
+            await submission.anew().run(requests, frozenset(indexes))
 
-        first = submission()
-        await first.run(requests)
         kept = submit_again if isinstance(requests, Sequence) else None
-        return Run(run_id, self.store, self.reader, first.ids, kept)
+        return Run(submission.run_id, self.store, self.reader, submission.ids, kept)
 
     def run(self, run_id: str) -> Run:
         """A run submitted before, here or elsewhere; that it exists shows at the first use.

@@ -20,6 +20,7 @@ from queue_api.store.run_store import (
     cancellations,
     read_entries,
 )
+from queue_api.wire.errors import BatchmillError, ClientClosedError
 
 __all__ = ["ResultReader", "Subscription", "stream_order"]
 
@@ -49,6 +50,8 @@ class Subscription:
         """What has come, once there is something; empty after the timeout.
 
         :raises RedisAccessError: the server refuses us
+        :raises ClientClosedError: nobody reads any more
+        :raises Exception: whatever else ended the reading
         """
         if not self._unread and self._error is None:
             # not wait_for: that of Python 3.11 may swallow a cancellation
@@ -74,11 +77,26 @@ class Subscription:
         self._reader.drop(self)
 
     @property
+    def is_open(self) -> bool:
+        """Nothing has gone wrong with it."""
+        return self._error is None
+
+    @property
     def full(self) -> bool:
         return len(self._unread) >= MOST_UNREAD
 
     def feed(self, items: list[Any]) -> None:
-        """Take entries of the stream that were read from here or further back."""
+        """Take entries of the stream that were read from here or further back.
+
+        What can't be taken is this reader's trouble, not that of all the others.
+        """
+        try:
+            self._feed(items)
+        except Exception as error:
+            logger.exception("run %s: its results can't be read", self.run)
+            self.fail(error)
+
+    def _feed(self, items: list[Any]) -> None:
         behind = stream_order(self.fetched)
         new = [item for item in items if stream_order(item[0].decode()) > behind]
         if new:
@@ -87,7 +105,8 @@ class Subscription:
             self._news.set()
 
     def fail(self, error: Exception) -> None:
-        self._error = error
+        """Let `take` raise this once what is here has been taken; the first error counts."""
+        self._error = self._error or error
         self._news.set()
 
 
@@ -105,13 +124,22 @@ class ResultReader:
         self._wake_after: str = "0"
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def subscribe(self, run: str, after: str = "0") -> Subscription:
-        """Listen to a run, from behind the entry `after`; "0" is the start."""
+        """Listen to a run, from behind the entry `after`; "0" is the start.
+
+        :raises ClientClosedError: closed
+        :raises WrongOwnerError: another process or event loop
+        """
+        self._store.owner.check()
+        if self._is_closed:
+            raise ClientClosedError("the client is closed; make another one")
         subscription = Subscription(self, run, after)
         self._subscriptions.add(subscription)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._read_on(), name="batchmill result reader")
+            self._task.add_done_callback(self._on_end)
         else:
             await self.wake()
         return subscription
@@ -132,7 +160,10 @@ class ResultReader:
         await self._store.call(talk)
 
     async def close(self) -> None:
+        """Read no more; whoever waits for results is told."""
+        self._is_closed = True
         task, self._task = self._task, None
+        self._fail_all(ClientClosedError("the client was closed while results were waited for"))
         while task is not None and not task.done():
             task.cancel()
             # more than once: see `cancellations`
@@ -146,21 +177,29 @@ class ResultReader:
                 pause_s = FIRST_PAUSE_S
             except REDIS_ERRORS as error:
                 if not is_passing(error):
-                    self._fail(error)
-                    return
+                    raise friendly(error, self._store.settings.redis_url) from None
                 logger.warning("Redis is away while results are waited for (%s)", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
-    def _fail(self, error: Exception) -> None:
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Whatever ended the reading, nobody goes on waiting for what nobody reads."""
+        if task.cancelled():
+            self._fail_all(ClientClosedError("the task that reads results was cancelled"))
+        elif isinstance(error := task.exception(), Exception):
+            if not isinstance(error, BatchmillError):
+                logger.error("the reader of results ended: %r", error, exc_info=error)
+            self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
         for subscription in self._subscriptions:
-            subscription.fail(friendly(error, self._store.settings.redis_url))
+            subscription.fail(error)
 
     async def _read_once(self) -> None:
         self._changed.clear()
         by_key: dict[str, list[Subscription]] = {}
         for subscription in self._subscriptions:
-            if not subscription.full:
+            if subscription.is_open and not subscription.full:
                 by_key.setdefault(RunKeys.of(subscription.run).results, []).append(subscription)
         if not by_key:
             await self._changed.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,15 @@ from queue_api.wire.errors import DuplicateRequestError, InvalidRequestError, Re
 from queue_api.wire.sampling import own_names
 from queue_api.wire.schemas import MAX_ID_CHARS, GenerationRequest, GenerationResult, SamplingParams
 
-__all__ = ["RequestLike", "Requests", "Submission", "as_request", "fingerprint", "request_id"]
+__all__ = [
+    "RequestLike",
+    "Requests",
+    "Submission",
+    "as_request",
+    "fingerprint",
+    "request_id",
+    "several",
+]
 
 RequestLike = GenerationRequest | Mapping[str, Any] | str | GenerationResult
 """A request, its fields with the sampling fields flat among them, or just a prompt; or the result
@@ -21,6 +31,8 @@ of one that ended before it began, such as a row that can't be read."""
 Requests = Iterable[RequestLike] | AsyncIterable[RequestLike]
 Item = GenerationRequest | GenerationResult
 
+YIELD_S = 0.01
+"""So long the event loop may be kept from its other work."""
 HEAD = 32
 """So many requests tell at once whether a run id is used again for something else."""
 
@@ -64,8 +76,22 @@ def _item_json(item: Item) -> bytes:
     return item.model_dump_json(exclude_defaults=True).encode()
 
 
+def several(requests: Iterable[RequestLike]) -> Iterable[RequestLike]:
+    """The requests, unless it is one alone that was given.
+
+    :raises InvalidRequestError: a text or a mapping
+    """
+    if isinstance(requests, str | Mapping):
+        raise InvalidRequestError("submit takes several requests: put the one into a list")
+    return requests
+
+
 class Submission:
-    """One act of submitting a run. Doing it again after a crash makes nothing twice."""
+    """One act of submitting a run. Doing it again after a crash makes nothing twice.
+
+    Either `run` does it all, or somebody calls `take` for each request, `send` when that says so,
+    and `end`; `take` needs no event loop.
+    """
 
     def __init__(
         self,
@@ -78,7 +104,7 @@ class Submission:
         wait_when_full: bool,
     ) -> None:
         self._store = store
-        self._run = run
+        self.run_id = run
         self._queue = queue
         self._chunk_size = chunk_size
         self._defaults = defaults
@@ -101,20 +127,36 @@ class Submission:
         self._only = only
         if isinstance(requests, AsyncIterable):
             async for given in requests:
-                if self._take(given):
-                    await self._send()
-        elif isinstance(requests, str | Mapping):
-            raise InvalidRequestError("submit takes several requests: put the one into a list")
+                if self.take(given):
+                    await self.send()
         else:
-            for given in requests:
-                if self._take(given):
-                    await self._send()
-        writer = self._writer or await self._open()
-        await writer.flush()
-        await self._close()
+            yielded_at = time.monotonic()
+            for given in several(requests):
+                if self.take(given):
+                    await self.send()
+                elif time.monotonic() - yielded_at < YIELD_S:
+                    continue
+                else:
+                    await asyncio.sleep(0)
+                yielded_at = time.monotonic()
+        await self.end()
 
-    def _take(self, given: object) -> bool:
-        """Check the next one; True if there is something to `_send`."""
+    def anew(self) -> Submission:
+        """The same act, not begun."""
+        return Submission(
+            self._store,
+            self.run_id,
+            queue=self._queue,
+            chunk_size=self._chunk_size,
+            defaults=self._defaults,
+            wait_when_full=self._wait_when_full,
+        )
+
+    def take(self, given: RequestLike) -> bool:
+        """Check the next request; True if it is time to `send`.
+
+        :raises InvalidRequestError: the run id belongs to other requests
+        """
         index = len(self.ids)
         if self._known_total is not None and index >= self._known_total:
             raise self._other_content()
@@ -127,7 +169,12 @@ class Submission:
         self._head.append(item)
         return len(self._head) >= HEAD
 
-    async def _send(self) -> None:
+    async def send(self) -> None:
+        """Put on the queue what was taken.
+
+        :raises InvalidRequestError: the run id belongs to other requests
+        :raises QueueFullError: the queue is full and it isn't to wait
+        """
         if self._writer is None:
             await self._open()
         else:
@@ -135,7 +182,7 @@ class Submission:
 
     def _check(self, given: object, index: int) -> Item:
         if isinstance(given, GenerationResult):
-            return given.model_copy(update={"run": self._run, "index": index})
+            return given.model_copy(update={"run": self.run_id, "index": index})
         try:
             request = as_request(given, index, self._defaults)
             if (first := self._places.setdefault(request.id, index)) != index:
@@ -146,25 +193,25 @@ class Submission:
             return request
         except RequestError as error:
             return GenerationResult.failed(
-                request_id(given, index), error, run=self._run, index=index
+                request_id(given, index), error, run=self.run_id, index=index
             )
 
     async def _open(self) -> ChunkWriter:
         mark = fingerprint(self._head)
         there = await self._store.open(
-            self._run, queue=self._queue, chunk_size=self._chunk_size, fingerprint=mark
+            self.run_id, queue=self._queue, chunk_size=self._chunk_size, fingerprint=mark
         )
         if there.get("fingerprint") != mark:
             raise self._other_content()
-        status = await self._store.status(self._run)
+        status = await self._store.status(self.run_id)
         self._known_total = status.total
         self._writer = ChunkWriter(
             self._store,
-            self._run,
+            self.run_id,
             # those of the first submission: they decide in which job an index is
             queue=status.queue,
             chunk_size=status.chunk_size,
-            done=await self._store.done(self._run),
+            done=await self._store.done(self.run_id),
             submitted=status.submitted,
             wait_when_full=self._wait_when_full,
         )
@@ -182,13 +229,16 @@ class Submission:
         writer.skip(index)
         return False
 
-    async def _close(self) -> None:
-        there = await self._store.open(self._run, content=self._content.hexdigest())
+    async def end(self) -> None:
+        """Put the rest on the queue and say how many requests there are; raises as `send`."""
+        writer = self._writer or await self._open()
+        await writer.flush()
+        there = await self._store.open(self.run_id, content=self._content.hexdigest())
         if there["content"] != self._content.hexdigest():
             raise self._other_content()
-        await self._store.set(self._run, total=len(self.ids))
+        await self._store.set(self.run_id, total=len(self.ids))
 
     def _other_content(self) -> InvalidRequestError:
         return InvalidRequestError(
-            f"run {self._run!r} was submitted before with other requests; choose another run id"
+            f"run {self.run_id!r} was submitted before with other requests; choose another run id"
         )

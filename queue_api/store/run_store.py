@@ -19,6 +19,7 @@ from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
 from queue_api.store.jobs import GenerateJob
 from queue_api.store.keys import RunKeys, canceled_key
+from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
 from queue_api.store.scripts import ScriptCall, Scripts, load_scripts
 from queue_api.wire.errors import RunNotFoundError
@@ -58,6 +59,7 @@ class RunStore:
 
     def __init__(self, settings: QueueSettings) -> None:
         self.settings = settings
+        self.owner = Owner()
         self.redis: aredis.Redis = connect_async(settings.redis_url, settings.max_connections)
         self.rq_connection: redis.Redis = connect(settings.redis_url, max_connections=2)
         """For RQ's own API, which isn't asyncio; used in threads."""
@@ -81,8 +83,11 @@ class RunStore:
         self._connected = True
 
     async def close(self) -> None:
-        await self.redis.aclose()
-        await self.redis.connection_pool.disconnect()
+        """Let go of the connections; whoever still calls is told so."""
+        is_gone, self.owner.is_closed = self.owner.is_gone, True
+        if not is_gone:
+            await self.redis.aclose()
+            await self.redis.connection_pool.disconnect()
         self.rq_connection.close()
 
     def template(self, queue: str, job_ttl_s: int | None = None) -> JobTemplate:
@@ -97,7 +102,9 @@ class RunStore:
         """Send commands that may be sent twice; go on trying while the connection is lost.
 
         :raises RedisAccessError: the server refuses, or doesn't come back within `reconnect_s`
+        :raises RuntimeError: closed, or it belongs to another process or event loop
         """
+        self.owner.check()
         await self.connect()
         before = cancellations()
         give_up_at = time.monotonic() + self.settings.reconnect_s
@@ -112,6 +119,7 @@ class RunStore:
                 if not is_passing(error) or time.monotonic() + pause_s > give_up_at:
                     raise friendly(error, self.settings.redis_url) from None
                 logger.warning("Redis is away (%s); trying again", error)
+            self.owner.check()  # closed meanwhile
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 

@@ -22,6 +22,8 @@
   * RunNotFoundError
   * RunIncompleteError: a run ended with requests that have no result
   * GenerationFailedError: a result holds an error instead of text, and was asked to raise it
+  * ClientClosedError: the client is closed, or was while the call waited
+  * WrongOwnerError: a client used from another process or event loop than its own
   * DatasetError: an input or output file as a whole can't be used
   * EngineError: the engine can't go on; its worker must end
 """
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 __all__ = [
     "BatchmillError",
+    "ClientClosedError",
     "ConfigurationError",
     "DatasetError",
     "DuplicateRequestError",
@@ -53,6 +56,7 @@ __all__ = [
     "RunNotFoundError",
     "UnsupportedModelError",
     "UnsupportedRequestError",
+    "WrongOwnerError",
 ]
 
 
@@ -156,6 +160,14 @@ class RunIncompleteError(BatchmillError):
 
 class GenerationFailedError(BatchmillError):
     """A result holds an error, or was cancelled, and GenerationResult.raise_for_error was asked."""
+
+
+class ClientClosedError(BatchmillError, RuntimeError):
+    """The client is closed, or was while the call waited."""
+
+
+class WrongOwnerError(BatchmillError, RuntimeError):
+    """A client is used from another process, or another event loop, than the one that has it."""
 
 
 class DatasetError(BatchmillError):
