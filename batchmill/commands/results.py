@@ -57,7 +57,7 @@ def results(
 
 
 async def _write_results(run: Run, writer: RowWriter, *, follow: bool) -> None:
-    async with aclosing(run.batches(follow=follow)) as batches:
+    async with aclosing(run.batches(follow=follow, whole=False)) as batches:
         async for batch in batches:
             lines = []
             for result in batch:

@@ -57,7 +57,8 @@ class Run:
         again if this is the handle of who submitted it, from a list.
 
         :raises RunNotFoundError: no such run, or it was deleted or expired
-        :raises RunIncompleteError: the producer fell silent without saying how many there are
+        :raises RunIncompleteError: the producer fell silent without saying how many there are,
+            or results were taken off the stream: told once those that are there have been
         """
         async with aclosing(self._pages()) as pages:
             async for page in pages:
@@ -65,15 +66,21 @@ class Run:
                 for _, index, raw in page:
                     yield parse_result(self.id, index, raw)
 
-    async def batches(self, *, follow: bool = True) -> AsyncGenerator[list[GenerationResult], None]:
-        """The same, as many at a time as there are; `follow=False` takes only what is there."""
-        async with aclosing(self._pages(follow=follow)) as pages:
+    async def batches(
+        self, *, follow: bool = True, whole: bool = True
+    ) -> AsyncGenerator[list[GenerationResult], None]:
+        """The same, as many at a time as there are.
+
+        :param follow: until the run is complete; False takes only what is there
+        :param whole: raise where results were taken off the stream; never without `follow`
+        """
+        async with aclosing(self._pages(follow=follow, whole=whole)) as pages:
             async for page in pages:
                 yield [parse_result(self.id, index, raw) for _, index, raw in page]
 
     async def wait(self) -> RunStatus:
         """Wait until the run is complete, without reading its results; raises as `results`."""
-        async with aclosing(self._pages()) as pages:
+        async with aclosing(self._pages(whole=False)) as pages:
             async for _ in pages:
                 pass
         return await self._store.status(self.id)
@@ -132,7 +139,9 @@ class Run:
                     return []
         raise InvalidRequestError(f"run {self.id!r} has no request {request_id!r}")
 
-    async def _pages(self, *, follow: bool = True) -> AsyncGenerator[list[Entry], None]:
+    async def _pages(
+        self, *, follow: bool = True, whole: bool = True
+    ) -> AsyncGenerator[list[Entry], None]:
         """The stream from its start to the end of the run, or to where it is now."""
         # a Redis that lost its last second may tell a result twice
         seen = Bitmap()
@@ -150,6 +159,8 @@ class Run:
         while page := await self._store.entries(self.id, last):
             yield [entry for entry in page if seen.add(entry[1])]
             last = page[-1][0]
+        if follow and whole:
+            await self._check_whole(len(seen))
 
     async def _until_complete(
         self, subscription: Subscription, seen: Bitmap
@@ -196,6 +207,15 @@ class Run:
         logger.warning("run %s: Redis lost %d of its requests; sent again", self.id, len(lost))
         await self._submit_again(lost)
         return await self._store.status(self.id)
+
+    async def _check_whole(self, seen: int) -> None:
+        status = await self._store.status(self.id)
+        if status.total is not None and seen < status.total:
+            raise RunIncompleteError(
+                f"run {self.id!r}: {status.total - seen} of its {status.total} results aren't on "
+                "its stream any more: whoever owns the run took them off (a `batchmill run` does "
+                "once they are in its output file), or somebody trimmed the stream"
+            )
 
     def _check_producer(self, status: RunStatus, silent_s: float) -> None:
         waiting_for_producer = status.total is None and status.done >= status.submitted

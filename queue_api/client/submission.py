@@ -233,7 +233,7 @@ class Submission:
         """Put the rest on the queue and say how many requests there are; raises as `send`."""
         writer = self._writer or await self._open()
         await writer.flush()
-        there = await self._store.open(self.run_id, content=self._content.hexdigest())
+        there = await self._store.add(self.run_id, content=self._content.hexdigest())
         if there["content"] != self._content.hexdigest():
             raise self._other_content()
         await self._store.set(self.run_id, total=len(self.ids))

@@ -126,21 +126,38 @@ class RunStore:
     async def _run(self, script: ScriptCall) -> Any:
         return await self.call(lambda: self._scripts.call(script))
 
-    async def open(self, run: str, **fields: str | int) -> dict[str, str]:
+    async def open(self, run: str, *, queue: str, **fields: str | int) -> dict[str, str]:
         """Create the run with these fields, or leave what is there; returns what is there."""
-        key = RunKeys.of(check_run_id(run)).hash
-        fields = {"created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
+        made = {"queue": queue, "created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
+        return await self._fields(check_run_id(run), "make", made)
 
-        async def talk() -> list[Any]:
-            async with self.redis.pipeline() as pipe:
-                for name, value in fields.items():
-                    pipe.hsetnx(key, name, str(value))
-                pipe.expire(key, self.settings.run_ttl_s)
-                pipe.hgetall(key)
-                return await pipe.execute()
+    async def add(self, run: str, **fields: str | int) -> dict[str, str]:
+        """Write fields that the run's hash doesn't have yet; returns what is there.
 
-        raw = cast("dict[bytes, bytes]", (await self.call(talk))[-1])
-        return {name.decode(): value.decode() for name, value in raw.items()}
+        :raises RunNotFoundError: no such run
+        """
+        return await self._fields(run, "add", fields)
+
+    async def set(self, run: str, **fields: str | int) -> None:
+        """Write fields of the run's hash.
+
+        :raises RunNotFoundError: no such run
+        """
+        await self._fields(run, "set", fields)
+
+    async def _fields(self, run: str, how: str, fields: Mapping[str, str | int]) -> dict[str, str]:
+        pairs = [part for pair in fields.items() for part in pair]
+        flat = await self._run(("fields", RunKeys.of(run), [self.settings.run_ttl_s, how, *pairs]))
+        if not flat:
+            raise self._not_found(run)
+        texts = [part.decode() for part in flat]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
+    def _not_found(self, run: str) -> RunNotFoundError:
+        return RunNotFoundError(
+            f"no run {run!r} in this Redis: never submitted to it, or forgotten "
+            f"{self.settings.run_ttl_s / 86_400:g} days after its last change"
+        )
 
     async def status(self, run: str) -> RunStatus:
         """:raises RunNotFoundError: no such run"""
@@ -149,17 +166,8 @@ class RunStore:
             lambda: cast("Awaitable[dict[bytes, bytes]]", self.redis.hgetall(key))
         )
         if b"queue" not in raw:
-            raise RunNotFoundError(
-                f"no run {run!r} in this Redis: never submitted to it, or forgotten "
-                f"{self.settings.run_ttl_s / 86_400:g} days after its last change"
-            )
+            raise self._not_found(run)
         return RunStatus.from_hash(run, raw)
-
-    async def set(self, run: str, **fields: str | int) -> None:
-        """Write fields of the run's hash."""
-        key = RunKeys.of(run).hash
-        mapping = cast("Mapping[Any, Any]", fields)
-        await self.call(lambda: self.redis.hset(key, mapping=mapping))
 
     async def done(self, run: str) -> Bitmap:
         """The indexes that have a result."""
@@ -231,8 +239,8 @@ class RunStore:
 
     async def reopen(self, run: str, indexes: Sequence[int]) -> None:
         """Let these requests have a result again, because theirs was lost."""
-        keys = [RunKeys.of(run).hash, RunKeys.of(run).done]
-        await self._run(("reopen", keys, list(indexes)))
+        args = [self.settings.run_ttl_s, *indexes]
+        await self._run(("reopen", RunKeys.of(run), args))
 
     async def delete(self, run: str) -> None:
         """Forget a run. Results that still come for it are dropped."""
