@@ -7,11 +7,16 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import redis
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 from kits.client_kit import Answerer, rq_queue
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
+from queue_api.store.bitmap import Bitmap
 from queue_api.store.keys import RunKeys
+from queue_api.store.reconcile import Reconciler
 from queue_api.wire.errors import RunIncompleteError, RunNotFoundError
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
@@ -83,12 +88,116 @@ def test_results_of_a_trimmed_stream_dont_end_as_if_they_were_all(
             run = await client.submit(PROMPTS, "r", chunk_size=2)
             answerer.answer(jobs=5 if is_complete else 3)
             connection.xtrim(KEYS.results, 2, approximate=False)
-            got = []
+            results, num_told = client.run("r").results(), 0
             with pytest.raises(RunIncompleteError, match="of its 10 results aren't on its stream"):
                 async with answerer.answering():
-                    async for result in client.run("r").results():
-                        got.append(result.index)
-            assert 0 < len(got) < 10
+                    while await anext(results):
+                        num_told += 1
+            assert 0 < num_told < 10
             assert (await run.wait()).complete
 
     asyncio.run(main())
+
+
+def drop(*keys: str) -> Callable[[redis.Redis], object]:
+    return lambda connection: connection.delete(*keys)
+
+
+def lease(connection: redis.Redis) -> None:
+    """A worker takes the first job, and somebody deletes RQ's registry of what is held."""
+    connection.lpop("rq:queue:batchmill")
+    connection.hset("rq:job:r-0", "status", "started")
+    connection.zadd("rq:executions:r-0", {"e": 2**33})
+    connection.delete("rq:wip:batchmill")
+
+
+def schedule(connection: redis.Redis) -> None:
+    """A job waits for the time of its retry, and somebody deletes the registry of such."""
+    connection.lpop("rq:queue:batchmill")
+    connection.hset("rq:job:r-0", "status", "scheduled")
+
+
+DELETIONS: dict[str, tuple[Callable[[redis.Redis], object], int]] = {
+    "queue": (drop("rq:queue:batchmill"), 5),
+    "end of the queue": (lambda c: c.ltrim("rq:queue:batchmill", 0, 2), 2),
+    "leases": (lease, 1),
+    "scheduled": (schedule, 1),
+}
+"""What is deleted, and how many of five jobs are then nowhere."""
+
+
+@pytest.mark.parametrize("what", DELETIONS)
+@pytest.mark.parametrize("has_requests", [True, False], ids=["list", "iterator"])
+def test_jobs_whose_place_was_deleted_under_them_are_sent_again_or_end(
+    settings: QueueSettings,
+    connection: redis.Redis,
+    answerer: Answerer,
+    what: str,
+    has_requests: bool,
+) -> None:
+    delete, num_lost = DELETIONS[what]
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            prompts = PROMPTS if has_requests else iter(PROMPTS)
+            run = await client.submit(prompts, "r", chunk_size=2)
+            delete(connection)
+            async with answerer.answering(), asyncio.timeout(60):
+                got = [result async for result in run.results()]
+            assert sorted(result.index for result in got) == list(range(10))
+            codes = [result.error.code for result in got if result.error]
+            assert codes == ([] if has_requests else ["job_lost"] * 2 * num_lost)
+
+    asyncio.run(main())
+
+
+def test_jobs_that_are_where_they_should_be_are_waited_for(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            run = await client.submit(PROMPTS, "r", chunk_size=2)
+            # held by workers: one that lives, and one that died before anybody reclaimed it
+            for job_id in ("r-0", "r-1"):
+                connection.lpop("rq:queue:batchmill")
+                connection.hset(f"rq:job:{job_id}", "status", "started")
+                connection.zadd("rq:wip:batchmill", {f"{job_id}:e": 1})
+            connection.zadd("rq:executions:r-0", {"e": 2**33})
+            # taken by a worker of RQ's own that hasn't begun it
+            connection.lmove("rq:queue:batchmill", "rq:queue:batchmill:intermediate")
+            connection.lpop("rq:queue:batchmill")
+            connection.hset("rq:job:r-3", "status", "scheduled")
+            connection.zadd("rq:scheduled:batchmill", {"r-3": 2**33})
+            sweeper = Reconciler(client.store, "r")
+            assert [await sweeper.sweep() for _ in range(3)] == [0, 0, 0]
+            assert (await run.status()).done == 0
+
+    asyncio.run(main())
+
+
+def test_a_job_of_another_type_hides_no_lost_one(
+    settings: QueueSettings, connection: redis.Redis
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit(iter(PROMPTS), "r", chunk_size=2)
+            connection.delete("rq:queue:batchmill", "rq:job:r-1")
+            connection.set("rq:job:r-1", "somebody's")
+            found = await client.store.misplaced("batchmill", [f"r-{i}" for i in range(5)])
+            assert found == ["r-0", "r-2", "r-3", "r-4"]
+
+    asyncio.run(main())
+
+
+@given(st.sets(st.integers(0, 40_000)), st.integers(0, 40_000), st.integers(0, 40_000))
+@settings_of(deadline=None)
+def test_what_is_missing_of_a_bitmap_is_what_isnt_in_the_set(
+    few: set[int], start: int, end: int
+) -> None:
+    for members in (few, set(range(40_000)) - few):
+        bitmap = Bitmap()
+        for index in members:
+            bitmap.add(index)
+        assert list(bitmap.missing(end, start)) == [
+            i for i in range(start, end) if i not in members
+        ]

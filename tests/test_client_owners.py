@@ -283,8 +283,8 @@ def test_close_tells_the_other_threads(settings: QueueSettings, connection: redi
 
 def test_another_event_loop_is_told(settings: QueueSettings, answerer: Answerer) -> None:
     client = Client(settings=settings)
-    first = asyncio.new_event_loop()
-    submitted = first.run_until_complete(client.submit(PROMPTS, "r"))
+    first = asyncio.Runner()
+    submitted = first.run(client.submit(PROMPTS, "r"))
     answerer.answer()
     acts: list[Callable[[], Any]] = [
         lambda: client.generate("x", timeout=5),
@@ -308,7 +308,7 @@ def test_another_event_loop_is_told(settings: QueueSettings, answerer: Answerer)
     for act in acts:
         assert "still open" in told(act)
     assert "still open" in told(client.close)
-    first.run_until_complete(submitted.wait())
+    first.run(submitted.wait())
     first.close()
     for act in acts:
         assert "closed by now" in told(act)

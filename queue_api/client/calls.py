@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from queue_api.client.reader import ResultReader, Subscription
+from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL
 from queue_api.store.jobs import chunk_job_id, request_json
-from queue_api.store.reconcile import Reconciler, cancel_requests
+from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import RunStore, parse_result
 from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult

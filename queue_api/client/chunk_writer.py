@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 
 from queue_api.store.bitmap import Bitmap
+from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL, EnqueueCall
 from queue_api.store.jobs import chunk_job_id, request_json
-from queue_api.store.reconcile import cancel_requests, undone
 from queue_api.store.run_store import RunStore
+from queue_api.store.undone import undone
 from queue_api.wire.errors import QueueFullError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 

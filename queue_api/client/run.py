@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from queue_api.client.reader import ResultReader, Subscription
 from queue_api.store.bitmap import Bitmap
+from queue_api.store.cancel import cancel_requests
 from queue_api.store.jobs import chunk_job_id
-from queue_api.store.reconcile import Reconciler, cancel_requests, request_ids, undone
+from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import Entry, RunStore, parse_result
 from queue_api.store.runs import RunStatus
+from queue_api.store.undone import open_chunks, pages, request_ids, undone
 from queue_api.wire.errors import InvalidRequestError, RunIncompleteError, RunNotFoundError
 from queue_api.wire.schemas import GenerationResult
 
@@ -23,6 +25,8 @@ __all__ = ["Run"]
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.05
+LOOK_AT_ONCE = 1024
+"""Requests whose ids are looked for at a time."""
 MOST_TIMES_FORGOTTEN = 3
 """So often a run that vanished is submitted again by one handle."""
 
@@ -93,8 +97,7 @@ class Run:
         status = await self._store.status(self.id)
         if status.complete:
             return status
-        indexes = await undone(self._store, status)
-        chunks = sorted({index // status.chunk_size for index in indexes})
+        chunks = open_chunks(await self._store.done(self.id), status)
         rows = await self._store.job_fields((chunk_job_id(self.id, c) for c in chunks), "status")
         states = Counter(state.decode() for (state,) in rows if state is not None)
         return replace(status, jobs=dict(states))
@@ -115,22 +118,25 @@ class Run:
             await self._store.set(self.id, cancelled=1)
             self._submit_again = None
         status = await self._store.status(self.id)
-        indexes = await undone(self._store, status)
-        if request_id is not None:
-            indexes = await self._open_index(request_id, status, indexes)
+        indexes: Iterable[int]
+        if request_id is None:
+            indexes = await undone(self._store, status)
+        else:
+            indexes = await self._open_index(request_id, status)
         return await cancel_requests(self._store, status, indexes, self._id_of)
 
     def _id_of(self, index: int) -> str | None:
         """The id of the request at an index, if this is who submitted it."""
         return self._ids[index] if self._ids is not None and index < len(self._ids) else None
 
-    async def _open_index(
-        self, request_id: str, status: RunStatus, indexes: list[int]
-    ) -> list[int]:
-        """Where the request is among these; nowhere if it has its result already."""
-        for index, found in (await request_ids(self._store, status, indexes, self._id_of)).items():
-            if found == request_id:
-                return [index]
+    async def _open_index(self, request_id: str, status: RunStatus) -> list[int]:
+        """Where the request is among those without a result; nowhere if it has one already."""
+        missing = await undone(self._store, status)
+        for page in pages(missing, status.chunk_size, LOOK_AT_ONCE):
+            ids = await request_ids(self._store, status, page, self._id_of)
+            for index, found in ids.items():
+                if found == request_id:
+                    return [index]
         if request_id in (self._ids or ()):
             return []
         async with aclosing(self.batches(follow=False)) as batches:

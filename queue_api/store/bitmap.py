@@ -7,6 +7,9 @@ from collections.abc import Iterator
 __all__ = ["Bitmap"]
 
 
+_FULL = b"\xff" * 1024
+
+
 class Bitmap:
     """Which of the numbers from 0 on are in the set; one bit each."""
 
@@ -35,6 +38,22 @@ class Bitmap:
 
     def missing(self, end: int, start: int = 0) -> Iterator[int]:
         """The numbers from `start` to before `end` that aren't in the set."""
-        for index in range(start, end):
-            if index not in self:
-                yield index
+        place, last = start >> 3, (end + 7) >> 3
+        while place < last:
+            byte = self._bits[place] if place < len(self._bits) else 0
+            if byte == 0xFF:
+                # most of a run is done: so many numbers at a glance
+                place = self._not_full(place, last)
+                continue
+            for index in range(max(start, place << 3), min(end, (place + 1) << 3)):
+                if not byte & (0x80 >> (index & 7)):
+                    yield index
+            place += 1
+
+    def _not_full(self, place: int, last: int) -> int:
+        """The next byte, from `place` on, in which something is missing; `last` if none is."""
+        while self._bits.startswith(_FULL, place) and place + len(_FULL) <= last:
+            place += len(_FULL)
+        while place < last and place < len(self._bits) and self._bits[place] == 0xFF:
+            place += 1
+        return place

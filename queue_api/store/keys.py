@@ -32,6 +32,7 @@ __all__ = [
     "partial_key",
     "queue_key",
     "return_values_key",
+    "scheduled_key",
     "wake_key",
     "wip_key",
 ]
@@ -76,6 +77,11 @@ def wip_key(queue: str) -> str:
 def failed_key(queue: str) -> str:
     """RQ's registry of failed jobs."""
     return f"{RQ_KEY_PREFIX}:failed:{queue}"
+
+
+def scheduled_key(queue: str) -> str:
+    """RQ's registry of jobs that wait for their time, such as that of a retry."""
+    return f"{RQ_KEY_PREFIX}:scheduled:{queue}"
 
 
 def finished_key(queue: str) -> str:

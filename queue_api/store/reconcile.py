@@ -1,32 +1,28 @@
 """Results for requests that no job will answer any more, so that nobody waits for ever.
 
 A worker answers every request that it can read. What remains: jobs in the dead letter, stopped
-or cancelled with RQ's tools, deleted, or lost with a Redis that didn't keep them.
+or cancelled with RQ's tools, deleted, or lost with a Redis that didn't keep them; and jobs whose
+queue's list or registry somebody deleted under them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.exceptions import NoSuchJobError
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from queue_api.store.jobs import (
-    GenerateJob,
-    JobPayloadError,
-    chunk_job_id,
-    decode_chunk,
-    single_job_id,
-)
-from queue_api.store.run_store import CANCELLED, LEFT_TO_RQ, RunStore
+from queue_api.store.jobs import GenerateJob, chunk_job_id, single_job_id
+from queue_api.store.run_store import RunStore
 from queue_api.store.runs import RunStatus
+from queue_api.store.undone import pages, request_ids, undone
 from queue_api.wire.schemas import ErrorDetail, FinishReason, GenerationResult
 
-__all__ = ["Reconciler", "cancel_requests", "undone"]
+__all__ = ["Reconciler"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +33,12 @@ _DEAD = {
 }
 # RQ's word for a job that ended well; if a request of it has no result, that was lost
 _ENDED = {None, JobStatus.FINISHED.value}
+# RQ's words for jobs that somebody will take up, if they are where they should be
+_IN_PLACES = {JobStatus.QUEUED.value, JobStatus.STARTED.value, JobStatus.SCHEDULED.value}
 LOST = "job_lost"
+# both bound how long an event loop is kept from its other work
+LOOK_AT_ONCE = 8192
+END_AT_ONCE = 1024
 Resubmit = Callable[[Sequence[int]], Awaitable[None]]
 
 
@@ -51,6 +52,8 @@ class Reconciler:
     """The id of the request at an index, if this process knows it."""
     resubmit: Resubmit | None = None
     """Puts requests whose jobs vanished on the queue again; without it they end in an error."""
+    _misplaced: dict[int, str] = field(default_factory=dict)
+    """By request, the job that seems alive and is nowhere."""
     _suspects: dict[int, str] = field(default_factory=dict)
     _resubmitted: set[int] = field(default_factory=set)
 
@@ -61,41 +64,87 @@ class Reconciler:
         steps of a worker. Returns how many look so now: 0 means that nothing is amiss.
         """
         status = await self.store.status(self.run)
-        abandoned = await self._abandoned(status, await undone(self.store, status, indexes))
+        abandoned: dict[int, str] = {}
+        self._misplaced.clear()
+        found_in_place: set[str] = set()
+        missing = await undone(self.store, status, None if indexes is None else sorted(indexes))
+        for page in pages(missing, status.chunk_size, LOOK_AT_ONCE):
+            abandoned |= await self._abandoned(status, page, found_in_place)
         certain = {i: code for i, code in abandoned.items() if self._suspects.get(i) == code}
         self._suspects = {i: code for i, code in abandoned.items() if i not in certain}
         if certain:
             await self._settle(status, certain)
         return len(abandoned)
 
-    async def _abandoned(self, status: RunStatus, indexes: list[int]) -> dict[int, str]:
-        chunks = sorted({index // status.chunk_size for index in indexes})
-        states = await self._states(chunk_job_id(self.run, chunk) for chunk in chunks)
-        by_chunk = dict(zip(chunks, states, strict=True))
-        found = {i: by_chunk[i // status.chunk_size] for i in indexes}
+    async def _abandoned(
+        self, status: RunStatus, indexes: list[int], found_in_place: set[str]
+    ) -> dict[int, str]:
+        """Why nobody will answer, for those of these requests that it is so of."""
+        chunks: dict[str, list[int]] = {}
+        for index in indexes:
+            chunks.setdefault(chunk_job_id(self.run, index // status.chunk_size), []).append(index)
+        jobs = await self._states(chunks)
         # read after the chunks: a worker splits a chunk into singles before it ends the chunk
-        gone = [i for i, state in found.items() if state in _ENDED]
-        singles = await self._states(single_job_id(self.run, index) for index in gone)
-        found.update(
-            {i: single for i, single in zip(gone, singles, strict=True) if single not in _ENDED}
-        )
-        return {
-            index: _DEAD.get(state, LOST) if state is not None else LOST
-            for index, state in found.items()
-            if state in _ENDED or state in _DEAD
-        }
+        gone = [i for job_id, inside in chunks.items() if jobs[job_id] in _ENDED for i in inside]
+        singles = await self._states([single_job_id(self.run, index) for index in gone])
+        lost = await self._nowhere(status.queue, jobs | singles, found_in_place)
+        found: dict[int, str] = {}
+        for job_id, inside in chunks.items():
+            for index in inside:
+                decides, state = job_id, jobs[job_id]
+                single = single_job_id(self.run, index)
+                if state in _ENDED and singles[single] not in _ENDED:
+                    decides, state = single, singles[single]
+                if decides in lost:
+                    self._misplaced[index] = decides
+                if decides in lost or state in _ENDED:
+                    found[index] = LOST
+                elif state in _DEAD:
+                    found[index] = _DEAD[state or ""]
+        return found
 
-    async def _states(self, job_ids: Iterable[str]) -> list[str | None]:
+    async def _nowhere(
+        self, queue: str, jobs: Mapping[str, str | None], found_in_place: set[str]
+    ) -> set[str]:
+        """Jobs that seem alive but are on no queue and in no registry; see misplaced.lua.
+
+        One job of each state is looked for, the one whose turn comes first; if it is there, so are
+        the others, or their turn to be looked for comes.
+
+        :param found_in_place: states of which that is known in this sweep; added to
+        """
+        lost: set[str] = set()
+        for state in _IN_PLACES - found_in_place:
+            those = [job_id for job_id, known in jobs.items() if known == state]
+            if those and await self.store.misplaced(queue, those[:1]):
+                lost.update(await self.store.misplaced(queue, those))
+            elif those:
+                found_in_place.add(state)
+        return lost
+
+    async def _states(self, job_ids: Collection[str]) -> dict[str, str | None]:
         rows = await self.store.job_fields(job_ids, "status")
-        return [row[0].decode() if row[0] is not None else None for row in rows]
+        return {
+            job_id: row[0].decode() if row[0] is not None else None
+            for job_id, row in zip(job_ids, rows, strict=True)
+        }
 
     async def _settle(self, status: RunStatus, abandoned: dict[int, str]) -> None:
         lost = [i for i, code in abandoned.items() if code == LOST and i not in self._resubmitted]
-        if self.resubmit is not None and lost:
-            logger.warning("run %s: %d requests lost their jobs; sent again", self.run, len(lost))
-            self._resubmitted.update(lost)
+        again = set(lost if self.resubmit is not None else ())
+        for page in pages(
+            (index for index in abandoned if index not in again), status.chunk_size, END_AT_ONCE
+        ):
+            await self._end(status, {index: abandoned[index] for index in page})
+        # else enqueue.lua would take them for alive
+        there = {self._misplaced[index] for index in abandoned if index in self._misplaced}
+        await self.store.misplaced(status.queue, there, forget=True)
+        if self.resubmit is not None and again:
+            logger.warning("run %s: %d requests lost their jobs; sent again", self.run, len(again))
+            self._resubmitted |= again
             await self.resubmit(lost)
-            abandoned = {i: code for i, code in abandoned.items() if i not in set(lost)}
+
+    async def _end(self, status: RunStatus, abandoned: dict[int, str]) -> None:
         ids = await request_ids(self.store, status, abandoned, self.id_of)
         causes = await asyncio.to_thread(self._causes, status, abandoned)
         results = [
@@ -140,108 +189,3 @@ class Reconciler:
             return ""
         lines = ((latest and latest.exc_string) or "").strip().splitlines()
         return f"job {job_id} failed: {lines[-1][:1000]}" if lines else ""
-
-
-async def undone(
-    store: RunStore, status: RunStatus, indexes: Iterable[int] | None = None
-) -> list[int]:
-    """Which of these requests (default: all that were submitted) have no result."""
-    done = await store.done(status.id)
-    if indexes is not None:
-        return [index for index in indexes if index not in done]
-    return list(done.missing(status.submitted))
-
-
-async def request_ids(
-    store: RunStore,
-    status: RunStatus,
-    indexes: Iterable[int],
-    id_of: Callable[[int], str | None] = lambda _: None,
-) -> dict[int, str]:
-    """The ids of these requests: known here, read from their jobs, else the index as text."""
-    ids = {index: id_of(index) for index in indexes}
-    chunks = sorted({index // status.chunk_size for index, known in ids.items() if known is None})
-    await _read_ids(store, [chunk_job_id(status.id, chunk) for chunk in chunks], ids)
-    # only of a chunk that is gone: there are as many singles as requests
-    unknown = [index for index, known in ids.items() if known is None]
-    await _read_ids(store, [single_job_id(status.id, index) for index in unknown], ids)
-    return {index: known if known is not None else str(index) for index, known in ids.items()}
-
-
-async def _read_ids(store: RunStore, job_ids: list[str], ids: dict[int, str | None]) -> None:
-    for job_id, (data,) in zip(job_ids, await store.job_fields(job_ids, "data"), strict=True):
-        for index, request in _items(job_id, data):
-            if index in ids and ids[index] is None and isinstance(request, dict):
-                ids[index] = str(request.get("id", index))
-
-
-def _items(job_id: str, data: bytes | None) -> list[tuple[int, object]]:
-    if data is None:
-        return []
-    try:
-        return decode_chunk(job_id, data).items
-    except JobPayloadError:
-        return []
-
-
-async def cancel_requests(
-    store: RunStore,
-    status: RunStatus,
-    indexes: Sequence[int],
-    id_of: Callable[[int], str | None] = lambda _: None,
-) -> int:
-    """End these requests with a `cancelled` result, then withdraw jobs that have nothing left.
-
-    Returns how many were cancelled; the others had their result already.
-    """
-    ids = await request_ids(store, status, indexes, id_of)
-    results = [
-        GenerationResult.failed(
-            ids[index],
-            ErrorDetail(code="cancelled", message="cancelled by a client"),
-            finish_reason=FinishReason.CANCELLED,
-            run=status.id,
-            index=index,
-        )
-        for index in indexes
-    ]
-    new = await store.emit(status.id, results)
-    await _withdraw(store, status, indexes)
-    return new
-
-
-async def _withdraw(store: RunStore, status: RunStatus, indexes: Sequence[int]) -> None:
-    """Cancel the jobs of these requests, unless they hold others that go on."""
-    done = await store.done(status.id)
-    size = status.chunk_size
-    by_chunk: dict[int, list[int]] = {}
-    for index in indexes:
-        by_chunk.setdefault(index // size, []).append(index)
-    over = {
-        chunk: chunk_job_id(status.id, chunk)
-        for chunk in sorted(by_chunk)
-        if next(done.missing(min((chunk + 1) * size, status.submitted), chunk * size), None) is None
-    }
-    answers = await store.cancel_queued(status.queue, over.values())
-    # a chunk that waited whole has no singles; read after the chunks: see _abandoned
-    singles = [
-        single_job_id(status.id, index)
-        for chunk, inside in by_chunk.items()
-        if answers.get(over.get(chunk, "")) != CANCELLED
-        for index in inside
-    ]
-    answers |= await store.cancel_queued(status.queue, singles)
-    left = [job_id for job_id, answer in answers.items() if answer == LEFT_TO_RQ]
-    await asyncio.to_thread(_cancel_jobs, store, left)
-
-
-def _cancel_jobs(store: RunStore, job_ids: Sequence[str]) -> None:
-    """With RQ's own API: running jobs lose their lease, others leave what they wait in."""
-    for job_id in job_ids:
-        try:
-            job = GenerateJob.fetch(job_id, store.rq_connection, serializer=JSONSerializer)
-            job.cancel()
-            # RQ keeps cancelled jobs for ever
-            store.rq_connection.expire(job.key, store.settings.job_ttl_s)
-        except (NoSuchJobError, InvalidJobOperation):
-            continue

@@ -18,7 +18,14 @@ from queue_api.connection.settings import QueueSettings
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
 from queue_api.store.jobs import GenerateJob
-from queue_api.store.keys import RunKeys, canceled_key
+from queue_api.store.keys import (
+    RunKeys,
+    canceled_key,
+    executions_key,
+    queue_key,
+    scheduled_key,
+    wip_key,
+)
 from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
 from queue_api.store.scripts import ScriptCall, Scripts, load_scripts
@@ -204,6 +211,28 @@ class RunStore:
             answers |= zip(page, got, strict=False)
             del waiting[: len(got)]
         return answers
+
+    async def misplaced(
+        self, queue: str, job_ids: Iterable[str], *, forget: bool = False
+    ) -> list[str]:
+        """Those of these jobs that seem alive but are nowhere; see misplaced.lua.
+
+        :param forget: delete their hashes, so that they may be enqueued anew
+        """
+        waiting, found = list(job_ids), list[str]()
+        places = [queue_key(queue), f"{queue_key(queue)}:intermediate"]
+        keys = [*places, wip_key(queue), scheduled_key(queue)]
+        limits: list[str | int] = [queue, int(forget), QUEUE_ENTRIES_AT_ONCE]
+        while page := waiting[:CANCEL_AT_ONCE]:
+            jobs = [
+                key
+                for job_id in page
+                for key in (GenerateJob.key_for(job_id), executions_key(job_id))
+            ]
+            got = await self._run(("misplaced", [*keys, *jobs], [*limits, *page]))
+            found += [job_id for job_id, answer in zip(page, got, strict=False) if answer]
+            del waiting[: len(got)]
+        return found
 
     async def emit(self, run: str, results: Sequence[GenerationResult]) -> int:
         """Append results, at most one per request ever; returns how many were the first.
