@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
+from engine.requests.stop_strings import FoundStop, StopSearch
 from queue_api.wire.errors import (
     DuplicateRequestError,
     EngineError,
@@ -127,9 +128,14 @@ def test_stop_string_of_many_bytes_is_found(engine: Engine) -> None:
     tokens = TOKENIZER.encode(text, add_special_tokens=False)
     assert len(tokens) == 50 + 9 * 6
     stop = text[48:]
-    assert tokenizer.find_stop(tokens, [stop]) == (48, len(text))
-    assert tokenizer.find_stop(tokens[:-1], [stop]) is None
-    assert tokenizer.find_stop([*tokens[:60], EOS, EOS, *tokens[60:]], [stop]) == (48, len(text))
+    found = FoundStop(text[:48], stop)
+
+    def search(tokens: list[int]) -> FoundStop | None:
+        return StopSearch(tokenizer, PROMPT, [stop], 0).read(tokens)
+
+    assert search(tokens) == found
+    assert search(tokens[:-1]) is None
+    assert search([*tokens[:60], EOS, EOS, *tokens[60:]]) == found
 
 
 def test_text_is_the_decoded_tokens_without_specials() -> None:
@@ -218,7 +224,7 @@ def test_a_failure_of_one_text_ends_that_text_alone(monkeypatch, engine: Engine)
     def fail(*_: object) -> None:
         raise RuntimeError("decoder gone")
 
-    monkeypatch.setattr(engine.tokenizer, "find_stop", fail)
+    monkeypatch.setattr(StopSearch, "read", fail)
     done = finish(engine)
     assert done["poisoned"].finish_reason is FinishReason.ERROR
     assert "decoder gone" in str(done["poisoned"].error)

@@ -7,6 +7,7 @@ from kits.engine_models import mixed_prompts, requests, tiny_model
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
+from engine.requests.stop_strings import StopSearch
 from queue_api.wire.errors import DuplicateRequestError, InvalidRequestError
 from queue_api.wire.schemas import FinishReason, GenerationRequest, SamplingParams
 
@@ -82,14 +83,16 @@ def test_a_sample_that_fails_fails_its_request_alone(monkeypatch: pytest.MonkeyP
     wrong, right = requests(PROMPTS[:2], n=3, stop=["never there"], **SAMPLING)
     expected = engine.generate([wrong, right])
     bad = tuple(samples(expected[0])[1][:5])
-    find_stop = engine.tokenizer.find_stop
+    read = StopSearch.read
+    so_far: dict[int, tuple[int, ...]] = {}
 
-    def choking(token_ids, *args):
-        if tuple(token_ids) == bad:
+    def choking(self, tokens):
+        so_far[id(self)] = (*so_far.get(id(self), ()), *tokens)
+        if so_far[id(self)] == bad:
             raise ValueError("can't decode")
-        return find_stop(token_ids, *args)
+        return read(self, tokens)
 
-    monkeypatch.setattr(engine.tokenizer, "find_stop", choking)
+    monkeypatch.setattr(StopSearch, "read", choking)
     found = engine.generate([wrong, right])
     assert found[0].finish_reason is FinishReason.ERROR
     assert "can't decode" in str(found[0].error)

@@ -29,7 +29,10 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         """The generation config's, else the config's, else the tokenizer's own."""
         self.vocab_size = vocab_size
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._special_texts = _special_texts(tokenizer)
+        self._is_text: dict[int, bool] = {}
+        self.character_endings = _character_endings(tokenizer)
+        """Tokens of bytes of which one row or another would end any character that was begun."""
 
     @classmethod
     def load(
@@ -117,6 +120,20 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def is_text(self, token_id: int) -> bool:
+        """False for special tokens and for ids that the tokenizer doesn't know."""
+        if (known := self._is_text.get(token_id)) is None:
+            known = (
+                token_id not in self._special_texts
+                and self._tokenizer.convert_ids_to_tokens(token_id) is not None
+            )
+            self._is_text[token_id] = known
+        return known
+
+    def special_text(self, token_id: int) -> str:
+        """How a special token is written; empty for any other."""
+        return self._special_texts.get(token_id, "")
+
     def text_of(self, token_id: int) -> str:
         """The text of one token alone, special ones included."""
         text: str = self._tokenizer.decode([token_id])
@@ -159,26 +176,32 @@ class Tokenizer:
                 f"'structured_outputs': xgrammar can't use this model's tokenizer: {error}"
             ) from error
 
-    def find_stop(
-        self, token_ids: Sequence[int], stop: Sequence[str], after: int = 0
-    ) -> tuple[int, int] | None:
-        """Where in the text of `token_ids` the first of the stop strings begins and ends.
 
-        Those that end within the text of the first `after` tokens don't count.
+def _special_texts(tokenizer: Any) -> dict[int, str]:
+    """By id, the tokens that aren't in a decoded text.
 
-        Made to be called after every token: as long as the tail of the text has no stop string,
-        only the tail is decoded.
-        """
-        if not stop or not token_ids:
-            return None
-        # A character takes at most four tokens (its bytes); special tokens have no text.
-        window = 4 * max(map(len, stop)) + 8
-        tail = [t for t in token_ids[-2 * window :] if t not in self._special_ids][-window:]
-        tail_text = self.decode(tail)
-        if not any(string in tail_text for string in stop):
-            return None
-        text = self.decode(token_ids)
-        taboo = len(self.decode(token_ids[:after])) if after else 0
-        begins = ((text.find(s, max(0, taboo - len(s) + 1)), len(s)) for s in stop)
-        places = [(begin, begin + length) for begin, length in begins if begin >= 0]
-        return min(places, default=None)
+    Asked of the tokenizer itself: its file may mark tokens that `all_special_ids` doesn't have.
+    """
+    texts = {}
+    for token_id in sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
+        text = tokenizer.decode([token_id])
+        if text and not tokenizer.decode([token_id], skip_special_tokens=True):
+            texts[token_id] = text
+    return texts
+
+
+def _character_endings(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Rows of continuation bytes in the tokenizer's tokens; none if it has no such tokens.
+
+    After any beginning of a UTF-8 character 0x80 or 0xBF may stand, then 0x80 (The Unicode
+    Standard, table 3-7).
+    """
+    alphabets = (("<0x80>", "<0xBF>"), ("\u0122", "\u00bf"))  # byte fallback, GPT-2's byte-level
+    for alphabet in alphabets:
+        ids = tokenizer.convert_tokens_to_ids(list(alphabet))
+        if all(
+            isinstance(i, int) and tokenizer.decode([i]) == "\N{REPLACEMENT CHARACTER}" for i in ids
+        ):
+            low, high = ids
+            return tuple((first, *[low] * more) for more in range(3) for first in (low, high))
+    return ()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from engine.models.tokenizer import Tokenizer
 from engine.requests.completion import Completion
+from engine.requests.detokenizer import Detokenizer
 from engine.requests.sequence import Sequence
+from engine.requests.stop_strings import FoundStop, StopSearch
 from engine.sampling.logprobs import described
 from queue_api.wire.schemas import FinishReason, TokenLogprobs
 
@@ -19,8 +21,8 @@ class Ending:
     """Why a sequence ends."""
 
     reason: FinishReason
-    stop_place: int | None = None
-    """Where in the new text a stop string makes the cut; None: all of it stays."""
+    text: str | None = None
+    """The new text where a stop string makes the cut; None: all of it stays."""
 
 
 def ending_of(sequence: Sequence, tokenizer: Tokenizer) -> Ending | None:
@@ -33,21 +35,31 @@ def ending_of(sequence: Sequence, tokenizer: Tokenizer) -> Ending | None:
         return Ending(FinishReason.STOP)
     if sequence.grammar is not None and sequence.grammar.is_over:
         return Ending(FinishReason.STOP)
-    if sampling.stop and sequence.num_generated > sampling.min_tokens:
-        place = tokenizer.find_stop(sequence.generated(), sampling.stop, sampling.min_tokens)
-        if place is not None:
-            begin, end = place
-            cut = end if sampling.include_stop_str_in_output else begin
-            return Ending(FinishReason.STOP, cut)
+    if sampling.stop and (found := _find_stop(sequence, tokenizer)) is not None:
+        keeps_it = sampling.include_stop_str_in_output
+        return Ending(FinishReason.STOP, found.before + (found.string if keeps_it else ""))
     if sequence.num_tokens == sequence.capacity:
         return Ending(FinishReason.LENGTH)
     return None
 
 
+def _find_stop(sequence: Sequence, tokenizer: Tokenizer) -> FoundStop | None:
+    sampling = sequence.sampling
+    if sequence.stops is None:
+        sequence.stops = StopSearch(
+            tokenizer, sequence.prompt(), sampling.stop, sampling.min_tokens
+        )
+    return sequence.stops.read(sequence.generated(sequence.stops.num_read))
+
+
+def _text(sequence: Sequence, tokenizer: Tokenizer) -> str:
+    return Detokenizer(tokenizer, sequence.prompt()).text(sequence.generated())
+
+
 def complete(sequence: Sequence, ending: Ending, tokenizer: Tokenizer) -> Completion:
     """The completion of a sequence that ended by itself; an error if it can't be decoded."""
     try:
-        words = tokenizer.decode(sequence.generated())[: ending.stop_place]
+        words = _text(sequence, tokenizer) if ending.text is None else ending.text
         return _completion(sequence, ending.reason, tokenizer, words)
     except Exception as problem:  # of this sequence alone
         return _completion(sequence, FinishReason.ERROR, tokenizer, "", problem)
@@ -56,7 +68,7 @@ def complete(sequence: Sequence, ending: Ending, tokenizer: Tokenizer) -> Comple
 def fail(sequence: Sequence, error: BaseException, tokenizer: Tokenizer) -> Completion:
     """The completion of a sequence that can't go on: its text so far, and what was wrong."""
     try:
-        words = tokenizer.decode(sequence.generated())
+        words = _text(sequence, tokenizer)
     except Exception:
         words = ""
     return _completion(sequence, FinishReason.ERROR, tokenizer, words, error)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.batch import CacheCopy
+from engine.requests.stop_strings import StopSearch
 from engine.sampling.logits import LogitsChange, SamplingRow
 from engine.sampling.logprobs import Chosen
 from engine.sampling.structured import GrammarState
@@ -59,6 +60,8 @@ class Sequence:
     """What the request does to its logits; None if nothing."""
     grammar: GrammarState | None = None
     """Set before admission if the request asks for structured output."""
+    stops: StopSearch | None = None
+    """Set with its first new token if the request names stop strings."""
     logprobs: list[Chosen] | None = None
     """One per new token; None if the request doesn't ask for them."""
     prompt_logprobs: list[Chosen] | None = None
@@ -88,9 +91,13 @@ class Sequence:
     def num_generated(self) -> int:
         return self.num_tokens - self.num_prompt
 
-    def generated(self) -> list[int]:
-        """The new tokens so far, those it was resumed with included."""
-        tokens: list[int] = self.token_ids[self.num_prompt : self.num_tokens].tolist()
+    def prompt(self) -> list[int]:
+        tokens: list[int] = self.token_ids[: self.num_prompt].tolist()
+        return tokens
+
+    def generated(self, begin: int = 0) -> list[int]:
+        """The new tokens so far from `begin` on, those it was resumed with included."""
+        tokens: list[int] = self.token_ids[self.num_prompt + begin : self.num_tokens].tolist()
         return tokens
 
     def sampling_row(self) -> SamplingRow:

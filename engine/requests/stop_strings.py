@@ -1,0 +1,141 @@
+"""StopSearch: where the first of a request's stop strings stands in a text that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from engine.models.tokenizer import Tokenizer
+from engine.requests.detokenizer import Detokenizer
+
+__all__ = ["FoundStop", "StopSearch"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundStop:
+    """A stop string, and the text in front of it."""
+
+    before: str
+    string: str
+
+
+class StopSearch:
+    """Follows one text and looks for stop strings in what each token adds.
+
+    A stop string counts that stands in the text, or in the text with special tokens written out,
+    as `transformers.generate` looks for its `stop_strings`. Parts of characters aren't text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Seq[int], stop: Seq[str], min_tokens: int
+    ) -> None:
+        """:param min_tokens: what ends within so many tokens doesn't count"""
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._stop = stop
+        self._min_tokens = min_tokens
+        self._pieces: list[str] = []
+        self._plain = _Tail(max(map(len, stop)))
+        """The text, without special tokens."""
+        self._written = _Tail(max(map(len, stop)))
+        """The same with them."""
+        self.num_read = 0
+
+    def read(self, tokens: Seq[int]) -> FoundStop | None:
+        """Take in the next tokens; what is found, where the text begins with it soonest."""
+        for token in tokens:
+            self.num_read += 1
+            special = self._tokenizer.special_text(token)
+            drop, added = self._detokenizer.add(token)
+            self._take(drop, added)
+            self._plain.change(drop, added)
+            self._written.change(drop, added)
+            self._written.add_special(special)
+            if self.num_read <= self._min_tokens:
+                self._plain.pass_over()
+                self._written.pass_over()
+            elif (added or special) and (found := self._find()) is not None:
+                return found
+        return None
+
+    def _find(self) -> FoundStop | None:
+        places = [
+            (*place, string)
+            for tail in (
+                (self._plain, self._written) if self._written.has_specials else (self._plain,)
+            )
+            for string in self._stop
+            if (place := tail.find(string)) is not None
+        ]
+        if not places:
+            return None
+        back, _, string = max(places, key=lambda place: place[:2])
+        text = "".join(self._pieces)
+        return FoundStop(text[: len(text) - back], string)
+
+    def _take(self, drop: int, added: str) -> None:
+        while drop and self._pieces:
+            last = self._pieces.pop()
+            if len(last) > drop:
+                self._pieces.append(last[:-drop])
+            drop = max(0, drop - len(last))
+        if added:
+            self._pieces.append(added)
+
+
+class _Tail:
+    """The end of a text: as much as a stop string may begin in, and what has come since."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._text = ""
+        self._is_special = bytearray()  # by character
+        self._new = 0
+        """Characters at the end that the last token brought."""
+        self._allowed = 0
+        """Characters at the end in which a stop string may end."""
+
+    @property
+    def has_specials(self) -> bool:
+        return any(self._is_special)
+
+    def change(self, drop: int, added: str) -> None:
+        """Take the text's last `drop` characters off, special tokens excepted, and add some."""
+        keep = max(0, len(self._text) - self._longest)
+        self._text, self._is_special = self._text[keep:], self._is_special[keep:]
+        self._new = 0
+        place = len(self._text)
+        while drop and place:
+            place -= 1
+            if not self._is_special[place]:
+                self._text = self._text[:place] + self._text[place + 1 :]
+                del self._is_special[place]
+                self._allowed -= place >= len(self._text) - self._allowed + 1
+                drop -= 1
+        self._allowed = max(0, self._allowed)
+        self._append(added, special=False)
+
+    def add_special(self, text: str) -> None:
+        self._append(text, special=True)
+
+    def _append(self, text: str, *, special: bool) -> None:
+        self._text += text
+        self._is_special += bytes([special]) * len(text)
+        self._new += len(text)
+        self._allowed += len(text)
+
+    def pass_over(self) -> None:
+        """Nothing that ends in what there is now counts."""
+        self._allowed = 0
+
+    def find(self, string: str) -> tuple[int, int] | None:
+        """How far the first `string` that ends in what is new begins and ends before the end.
+
+        :returns: characters of the text, special tokens not counted; None if it isn't there
+        """
+        first_end = len(self._text) - min(self._new, self._allowed) + 1
+        begin = self._text.find(string, max(0, first_end - len(string)))
+        if begin < 0:
+            return None
+        end = begin + len(string)
+        return self._is_special[begin:].count(0), self._is_special[end:].count(0)
