@@ -15,7 +15,7 @@ from queue_api.client.client import Client
 from queue_api.client.sync_client import SyncClient
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.keys import RunKeys
-from queue_api.wire.errors import DuplicateRequestError, GenerationFailedError
+from queue_api.wire.errors import ClientClosedError, DuplicateRequestError, GenerationFailedError
 from queue_api.wire.schemas import FinishReason
 
 StartWorker = Callable[..., WorkerProcess]
@@ -94,7 +94,7 @@ def test_an_abandoned_call_is_withdrawn(settings: QueueSettings, connection: red
             await asyncio.to_thread(until, lambda: not len(rq_queue(connection)))
             pending = asyncio.create_task(client.generate("still there at the end"))
             await asyncio.to_thread(until, lambda: len(rq_queue(connection)) == 1)
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(ClientClosedError):
             await pending
 
     asyncio.run(main())
