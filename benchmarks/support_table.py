@@ -9,7 +9,7 @@ was stopped goes on where it was. At the end the table in docs/support.md is wri
     python benchmarks/support_table.py [--only NAME ...] [--again]
 
 With `--quantization int8` the engine's text is compared with that of a model whose layers' weights
-are rounded by PyTorch; its results are kept apart and no table is written.
+are quantized by PyTorch; its results are kept apart and no table is written.
 """
 
 from __future__ import annotations

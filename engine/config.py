@@ -30,8 +30,8 @@ class EngineConfig:
     dtype: str = "auto"
     """Of weights, activations and cache. `auto` is the checkpoint's, but float32 on a CPU."""
     quantization: Quantization = "none"
-    """`int8` rounds the weights of the layers' `nn.Linear`, on a CPU in float32 only; the text is
-    then the rounded model's."""
+    """`int8` quantizes the weights of the layers' `nn.Linear`, on a CPU in float32 only; the text
+    is then the quantized model's."""
     devices: tuple[str, ...] = ("cpu",)
     """One entry per stage, in order; the same device may stand several times."""
     partition: PartitionStrategy = "uniform"

@@ -1,4 +1,4 @@
-"""Weights rounded to int8: the text is what transformers generates with weights so rounded."""
+"""Weights quantized to int8: the text is what transformers generates with weights so quantized."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from engine.planning.costs import CostModel
 from engine.planning.partition import plan_partition
 from engine.planning.sizes import ModelSizes
 from engine.weights.format import weight_format
-from engine.weights.int8 import Int8Weight, RoundedLinear, round_linears
+from engine.weights.int8 import Int8Weight, QuantizedLinear, quantize_linears
 from engine.weights.layout import LaidOutLinear
 from queue_api.wire.errors import ConfigurationError, UnsupportedModelError
 
-ROUNDED = [name for name in CONFIGS if name != "gpt2"]
+QUANTIZED = [name for name in CONFIGS if name != "gpt2"]
 PROMPTS = mixed_prompts()
 _COMMON = {**SMALL, "num_hidden_layers": 4}
 OTHERS = {
@@ -45,7 +45,7 @@ OTHERS = {
 }
 
 
-def rounded_by_pytorch(weight: torch.Tensor) -> torch.Tensor:
+def quantized_by_pytorch(weight: torch.Tensor) -> torch.Tensor:
     scales = weight.abs().amax(dim=1) / 127
     zeros = torch.zeros(len(scales), dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)
@@ -56,33 +56,33 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if type(m) is nn.Linear and m is not head]
 
 
-def rounded(plain: TinyModel) -> TinyModel:
-    """The model with the weights of its layers rounded, in transformers."""
+def quantized(plain: TinyModel) -> TinyModel:
+    """The model with the weights of its layers quantized, in transformers."""
     reference = copy.deepcopy(plain.reference)
     for module in linears(reference):
-        module.weight.data = rounded_by_pytorch(module.weight.data)
+        module.weight.data = quantized_by_pytorch(module.weight.data)
     return TinyModel(plain.folder, reference)
 
 
-def test_a_weight_is_rounded_as_pytorch_rounds_it() -> None:
+def test_a_weight_is_quantized_as_pytorch_does() -> None:
     weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     found = Int8Weight.nearest(weight)
     assert found.values.dtype == torch.int8
     present = torch.arange(40) != 3  # PyTorch wants scales above zero
-    assert torch.equal(found.numbers()[present], rounded_by_pytorch(weight[present]))
+    assert torch.equal(found.numbers()[present], quantized_by_pytorch(weight[present]))
     assert torch.equal(found.numbers()[3], weight[3])
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not-compiled"])
 @pytest.mark.parametrize("num_stages", [1, 3])
-@pytest.mark.parametrize("name", ROUNDED)
-def test_text_is_that_of_the_rounded_model(
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_text_is_that_of_the_quantized_model(
     name: str, num_stages: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setattr("engine.weights.layout.panel_product", lambda: None)
-    model = rounded(tiny_model(name))
+    model = quantized(tiny_model(name))
     engine = model.engine(
         quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_batch_tokens=24
     )
@@ -93,7 +93,7 @@ def test_text_is_that_of_the_rounded_model(
     engine.close()
 
 
-def test_a_model_that_reads_its_weights_reads_the_rounded_ones(
+def test_a_model_that_reads_its_weights_reads_the_quantized_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It can't have its weights laid out, but the text is the same."""
@@ -103,7 +103,7 @@ def test_a_model_that_reads_its_weights_reads_the_rounded_ones(
         gate = torch.nn.functional.linear(x, self.gate_proj.weight)
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))  # type: ignore[no-any-return]
 
-    model = rounded(tiny_model("llama"))
+    model = quantized(tiny_model("llama"))
     expected = model.greedy([9, 8, 7])
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     engine = model.engine(quantization="int8")
@@ -114,7 +114,7 @@ def test_a_model_that_reads_its_weights_reads_the_rounded_ones(
 def test_the_log_and_the_results_say_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         engine = tiny_model("llama").engine(quantization="int8")
-    assert "of the layers' weights rounded to int8" in caplog.text
+    assert "of the layers' weights quantized to int8" in caplog.text
     assert engine.model_revision == f"{tiny_model('llama').engine().model_revision}+int8"
 
 
@@ -122,7 +122,7 @@ def test_the_log_and_the_results_say_it(caplog: pytest.LogCaptureFixture) -> Non
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_unlike_llama_too(name: str, num_stages: int, tmp_path: Path) -> None:
     """Norms without a parameter; experts; ALiBi, which runs sequence by sequence."""
-    model = rounded(make_model(OTHERS[name](), tmp_path))
+    model = quantized(make_model(OTHERS[name](), tmp_path))
     engine = model.engine(
         quantization="int8", devices=("cpu",) * num_stages, max_num_seqs=16, max_model_len=128
     )
@@ -132,16 +132,16 @@ def test_unlike_llama_too(name: str, num_stages: int, tmp_path: Path) -> None:
     engine.close()
 
 
-def test_a_module_of_two_names_is_rounded_under_both() -> None:
+def test_a_module_of_two_names_is_quantized_under_both() -> None:
     shared = nn.Linear(8, 4)
     layer = nn.ModuleDict({"a": shared, "b": shared})
-    assert round_linears(layer) == 32
+    assert quantize_linears(layer) == 32
     assert layer["a"] is layer["b"]
-    assert isinstance(layer["a"], RoundedLinear)
+    assert isinstance(layer["a"], QuantizedLinear)
 
 
 def test_layers_without_linear_modules_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel can't be rounded to int8"):
+    with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel can't be quantized to int8"):
         tiny_model("gpt2").engine(quantization="int8")
 
 
@@ -153,7 +153,7 @@ def test_what_it_is_not_for_is_refused(wrong: dict[str, object]) -> None:
         EngineConfig(**{"model": "m", "quantization": "int8", **wrong})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_plan_counts_the_bytes(name: str) -> None:
     model = tiny_model(name)
     sizes = ModelSizes.read(Checkpoint.find(str(model.folder)), model.reference.config)
@@ -168,5 +168,5 @@ def test_a_plan_counts_the_bytes(name: str) -> None:
 
 def test_experts_are_counted_as_they_are(tmp_path: Path) -> None:
     model = make_model(OTHERS["granitemoe"](), tmp_path)
-    rounded = weight_format("int8").small_params(model.reference.config)
-    assert sum(rounded) == sum(module.weight.numel() for module in linears(model.reference))
+    quantized = weight_format("int8").small_params(model.reference.config)
+    assert sum(quantized) == sum(module.weight.numel() for module in linears(model.reference))

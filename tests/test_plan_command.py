@@ -49,12 +49,12 @@ def test_a_plan_is_what_the_engine_loads(strategy: Any) -> None:
     engine.close()
 
 
-def test_rounded_weights_are_counted_as_the_bytes_they_take() -> None:
-    plain, rounded = (
+def test_quantized_weights_are_counted_as_the_bytes_they_take() -> None:
+    plain, quantized = (
         planned("demo", "--devices", "cpu", "--quantization", kind) for kind in ("none", "int8")
     )
-    assert (plain["quantization"], rounded["quantization"]) == ("none", "int8")
-    (before,), (after,) = plain["stages"], rounded["stages"]
+    assert (plain["quantization"], quantized["quantization"]) == ("none", "int8")
+    (before,), (after,) = plain["stages"], quantized["stages"]
     assert before["num_params"] == after["num_params"]
     layers = before["weight_bytes"] - after["weight_bytes"]
     assert 0 < layers < 3 / 4 * before["weight_bytes"]

@@ -42,7 +42,7 @@ class WorkerSettings(EnvironmentSettings):
     """The first layer of every stage but the first, such as 3,6 for three stages."""
     dtype: str = "auto"
     quantization: Quantization = "none"
-    """`int8` rounds the layers' weights; on a CPU in float32 only."""
+    """`int8` quantizes the layers' weights; on a CPU in float32 only."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Requests that generate at the same time."""
     max_batch_tokens: int = Field(default=512, ge=1)

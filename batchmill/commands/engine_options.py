@@ -57,7 +57,7 @@ _ENGINE: dict[str, Any] = {
     "quantization": Annotated[
         str | None,
         typer.Option(
-            help="none, or int8: round the layers' weights, on a CPU.", show_default=False
+            help="none, or int8: quantize the layers' weights, on a CPU.", show_default=False
         ),
     ],
     "max_num_seqs": Annotated[

@@ -5,7 +5,7 @@
  * many threads work.
  *
  * engine/kernels/panel_product.py calls this through ctypes; it has checked every shape and stride that is
- * relied on here. All arrays are contiguous, and float32 but for weights that were rounded to int8.
+ * relied on here. All arrays are contiguous, and float32 but for weights quantized to int8.
  */
 #include <stdint.h>
 #include <string.h>

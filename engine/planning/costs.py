@@ -130,7 +130,7 @@ class CostModel:
     """Bytes of an element of weights, activations and cache."""
     speeds: Mapping[str, DeviceSpeed]
     """By device."""
-    rounded: tuple[int, ...] = ()
+    quantized: tuple[int, ...] = ()
     """How many parameters of each layer take one byte; empty if none does."""
 
     @classmethod
@@ -139,13 +139,13 @@ class CostModel:
         sizes: ModelSizes,
         itemsize: int,
         devices: Sequence[str],
-        rounded: tuple[int, ...] = (),
+        quantized: tuple[int, ...] = (),
     ) -> CostModel:
         """With each device's speed by rule of thumb."""
         speeds = {
             name: NOMINAL_SPEEDS[kind_of(name)].speed(sizes, itemsize) for name in set(devices)
         }
-        return cls(sizes, itemsize, speeds, rounded)
+        return cls(sizes, itemsize, speeds, quantized)
 
     @property
     def slot_bytes(self) -> int:
@@ -164,8 +164,8 @@ class CostModel:
         return total - self._saved_bytes(layer, layer + 1)
 
     def _saved_bytes(self, first_layer: int, end_layer: int) -> int:
-        """What rounding saves of the weights of some layers."""
-        return (self.itemsize - 1) * sum(self.rounded[first_layer:end_layer])
+        """What quantization saves of the weights of some layers."""
+        return (self.itemsize - 1) * sum(self.quantized[first_layer:end_layer])
 
     def _copied(self, device: str) -> int:
         """Parameters of a tied embedding that are laid out a second time to be the head."""
@@ -185,12 +185,12 @@ class CostModel:
         """A stage's memory at its peak: while it is loaded, or in the largest of the steps."""
         weights = self.weight_bytes(stage)
         layers = self.sizes.layers[stage.first_layer : stage.end_layer]
-        num_rounded = sum(self.rounded[stage.first_layer : stage.end_layer])
-        matrices = sum(part.num_matrix_params for part in layers) - num_rounded
+        num_quantized = sum(self.quantized[stage.first_layer : stage.end_layer])
+        matrices = sum(part.num_matrix_params for part in layers) - num_quantized
         matrices += stage.is_last * self.sizes.last.num_matrix_params
         # Each matrix is there twice until all are laid out anew.
-        load = weights + self.lays_out(stage.device) * (matrices * self.itemsize + num_rounded)
-        # Before they are rounded they are there as numbers, but where a file of such is mapped.
+        load = weights + self.lays_out(stage.device) * (matrices * self.itemsize + num_quantized)
+        # Before they are quantized they are there as numbers, but where a file of such is mapped.
         load = max(load, weights + self._saved_bytes(stage.first_layer, stage.end_layer))
         cache = max(step.num_slots for step in steps) * stage.num_layers * self.slot_bytes
         work = max(
@@ -269,7 +269,7 @@ class CostModel:
         logit_bytes = num_seqs * sizes.vocab_size * 4
         return DeviceCosts(
             layer_s=[self.layer_s(device, step, i) for i in range(num_layers)],
-            # As numbers also where they are rounded: that much loading may take.
+            # As numbers also where they are quantized: that much loading may take.
             layer_bytes=[p.num_params * self.itemsize + cache_bytes for p in sizes.layers],
             first_s=self.first_s(device, step),
             last_s=self.last_s(device, step),

@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.config import Quantization
 from engine.models.slicing import find_layers, model_without_weights
-from engine.weights.int8 import is_plain_linear, round_linears
+from engine.weights.int8 import is_plain_linear, quantize_linears
 from engine.weights.layout import lays_out_int8
 from queue_api.wire.errors import UnsupportedModelError
 
@@ -88,14 +88,14 @@ class _Int8:
     def convert(self, layers: nn.Module, *, lays_out: bool, where: str, model: str) -> None:
         total = sum(weight.numel() for weight in layers.parameters())
         # Expanding weights that can't be laid out each time would be slow.
-        num_rounded = round_linears(layers, in_float32=not lays_out)
-        if not num_rounded:
-            raise _nothing_to_round(model)
-        share = num_rounded / total
+        num_quantized = quantize_linears(layers, in_float32=not lays_out)
+        if not num_quantized:
+            raise _nothing_to_quantize(model)
+        share = num_quantized / total
         saves = lays_out and lays_out_int8()
         logger.log(
             logging.INFO if saves and share > 0.5 else logging.WARNING,
-            "%s: %.0f %% of the layers' weights rounded to int8%s",
+            "%s: %.0f %% of the layers' weights quantized to int8%s",
             *(where, 100 * share),
             "" if saves else ", kept in float32: that saves neither memory nor time here",
         )
@@ -110,7 +110,7 @@ class _Int8:
             for layer in layers
         )
         if not any(found):
-            raise _nothing_to_round(type(model).__name__)
+            raise _nothing_to_quantize(type(model).__name__)
         return found if lays_out_int8() else ()
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
@@ -128,8 +128,8 @@ def weight_format(name: Quantization) -> WeightFormat:
     return _FORMATS[name]
 
 
-def _nothing_to_round(model: str) -> UnsupportedModelError:
+def _nothing_to_quantize(model: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model} can't be rounded to int8: its layers have no plain nn.Linear; run it with "
+        f"{model} can't be quantized to int8: its layers have no plain nn.Linear; run it with "
         "quantization none"
     )

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are rounded to eight bits when they are loaded.
+"""Linear layers whose weights are quantized to eight bits when they are loaded.
 
 Symmetric, with one scale for each output: the largest of its weights is 127 (the row-wise absmax
 of Dettmers et al., "LLM.int8()", 2022). Activations stay as they are.
@@ -18,9 +18,9 @@ from engine.models.module_replacement import replace_modules
 
 __all__ = [
     "Int8Weight",
-    "RoundedLinear",
+    "QuantizedLinear",
     "is_plain_linear",
-    "round_linears",
+    "quantize_linears",
 ]
 
 _LARGEST = 127
@@ -47,8 +47,8 @@ class Int8Weight:
         return self.values * self.scales[:, None]
 
 
-class RoundedLinear(nn.Module):
-    """Computes what the `nn.Linear` it is made from does, with the rounded weight.
+class QuantizedLinear(nn.Module):
+    """Computes what the `nn.Linear` it is made from does, with the quantized weight.
 
     Slow, for it expands its weight each time. It says what the product that takes the eight bits as
     they lie has to give, and is replaced by that.
@@ -58,7 +58,7 @@ class RoundedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.rounded = Int8Weight.nearest(linear.weight.detach())
+        self.quantized = Int8Weight.nearest(linear.weight.detach())
         self.bias = linear.bias
         # A model's dtype is that of its first parameter, and its norms may have none.
         self.dtype_alone = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
@@ -66,32 +66,32 @@ class RoundedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[out_features, in_features] float32, made anew."""
-        return self.rounded.numbers()
+        return self.quantized.numbers()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., in_features] to [..., out_features]."""
         return F.linear(x, self.weight, self.bias)
 
 
-def round_linears(root: nn.Module, *, in_float32: bool = False) -> int:
-    """Round the weight of each `nn.Linear` below `root`; how many parameters that were.
+def quantize_linears(root: nn.Module, *, in_float32: bool = False) -> int:
+    """Quantize the weight of each `nn.Linear` below `root`; how many parameters that were.
 
     Subclasses of it may do more and stay as they are.
 
-    :param in_float32: keep an `nn.Linear` with the numbers that the rounded weight stands for,
-        else put a `RoundedLinear` in its place
+    :param in_float32: keep an `nn.Linear` with the numbers that the quantized weight stands for,
+        else put a `QuantizedLinear` in its place
     """
-    num_rounded = 0
+    num_quantized = 0
 
-    def rounded(module: nn.Module) -> nn.Module | None:
-        nonlocal num_rounded
+    def quantized(module: nn.Module) -> nn.Module | None:
+        nonlocal num_quantized
         if not is_plain_linear(module):
             return None
-        num_rounded += module.weight.numel()
+        num_quantized += module.weight.numel()
         return _in_float32(module) if in_float32 else _in_eight_bits(module)
 
-    replace_modules(root, rounded)
-    return num_rounded
+    replace_modules(root, quantized)
+    return num_quantized
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -99,11 +99,11 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and module.weight.numel() > 0
 
 
-def _in_eight_bits(linear: nn.Linear) -> RoundedLinear:
-    rounded = RoundedLinear(linear)
+def _in_eight_bits(linear: nn.Linear) -> QuantizedLinear:
+    quantized = QuantizedLinear(linear)
     # Its memory is free before the next one's.
     linear.weight = None  # type: ignore[assignment]
-    return rounded
+    return quantized
 
 
 def _in_float32(linear: nn.Linear) -> nn.Linear:

@@ -19,7 +19,7 @@ from torch import nn
 
 from engine.kernels.panel_product import panel_product
 from engine.models.module_replacement import replace_modules
-from engine.weights.int8 import RoundedLinear, is_plain_linear
+from engine.weights.int8 import QuantizedLinear, is_plain_linear
 
 __all__ = ["LaidOutLinear", "can_lay_out", "lay_out_linears", "lays_out_int8"]
 
@@ -38,7 +38,7 @@ class Product(Protocol):
 class LaidOutLinear(nn.Module):
     """Computes what the linear layer it is made from does, on a CPU in float32."""
 
-    def __init__(self, linear: nn.Linear | RoundedLinear, product: Product) -> None:
+    def __init__(self, linear: nn.Linear | QuantizedLinear, product: Product) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -99,7 +99,7 @@ def can_lay_out(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def lays_out_int8() -> bool:
-    """True if rounded weights are multiplied with as they are."""
+    """True if quantized weights are multiplied with as they are."""
     return panel_product() is not None
 
 
@@ -117,16 +117,16 @@ def _layout() -> Callable[[torch.Tensor], Product] | None:
 def lay_out_linears(model: nn.Module) -> None:
     """Replace each `nn.Linear` in `model`; subclasses of it may do more and stay as they are.
 
-    Rounded weights are laid out as they are where there is a product with such weights, else as the
-    numbers that they stand for.
+    Quantized weights are laid out as they are where there is a product with such weights, else as
+    the numbers that they stand for.
     """
     layout = _layout()
     assert layout is not None, "ask can_lay_out before"
 
     def laid_out(module: nn.Module) -> nn.Module | None:
-        if isinstance(module, RoundedLinear) and lays_out_int8():
-            return LaidOutLinear(module, _Panels(module.rounded.values, module.rounded.scales))
-        if isinstance(module, RoundedLinear) or is_plain_linear(module):
+        if isinstance(module, QuantizedLinear) and lays_out_int8():
+            return LaidOutLinear(module, _Panels(module.quantized.values, module.quantized.scales))
+        if isinstance(module, QuantizedLinear) or is_plain_linear(module):
             return LaidOutLinear(module, layout(module.weight.detach()))
         return None
 
