@@ -118,3 +118,42 @@ def test_what_is_there_may_be_named() -> None:
         "engine/engine.py, ../docs/, keys.py, `queue_api.wire`, engine.add, queue_api.wire.schemas"
     )
     assert list(missing(text)) == []
+
+
+# ---------------------------------------------------------------------------------------- links
+
+
+def anchor(heading: str) -> str:
+    """How a heading is linked to, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def dead_links(page: Path) -> Iterator[str]:
+    """Links of a page to files, or to headings in them, that aren't there."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        if link.startswith(("https://", "http://")):
+            continue
+        if not target.exists():
+            yield link
+        elif heading and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            if heading not in map(anchor, headings):
+                yield link
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    found = {str(page.relative_to(ROOT)): list(dead_links(page)) for page in pages}
+    assert len(found) > 10
+    assert {name: links for name, links in found.items() if links} == {}
+
+
+def test_a_dead_link_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One `two`, three\n[a](#one-two-three) [b](#gone) [c](page.md#gone) [d](no.md)"
+    )
+    assert list(dead_links(page)) == ["#gone", "page.md#gone", "no.md"]

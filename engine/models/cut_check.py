@@ -33,7 +33,7 @@ _FROM_POSITIONS = {
 
 
 class LayerInputs:
-    """Records, while entered, what the layers are given besides hidden states, and put out."""
+    """Records, while entered, what the layers are given besides hidden states, and what they return."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
@@ -84,7 +84,7 @@ class LayerInputs:
         out = self._outputs[0]
         length = self._length()
         for part in out[1:] if isinstance(out, tuple) else ():
-            # Attention weights are put out by some models, and go nowhere.
+            # Some models return attention weights, which nothing reads.
             if any(tensor.shape[-2:] != (length, length) for tensor in _tensors(part)):
                 return "another output"
         return ""

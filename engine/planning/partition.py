@@ -1,7 +1,7 @@
 """Which layers run where. Pure Python: no torch, no model; costs in, bounds out.
 
 * uniform: as many layers in each stage
-* custom: cut where it is told to
+* custom: cut at the given bounds
 * memory: the cut that leaves the fullest device least full
 * compute: the cut whose slowest stage is fastest
 * mixed: as compute, among the cuts that fit

@@ -13,7 +13,7 @@ __all__ = ["score_prompts"]
 
 
 def score_prompts(logits: torch.Tensor, scored: Seq[tuple[Sequence, range]]) -> None:
-    """Add to the sequences what the model thought of their prompts' next tokens.
+    """Add the log-probabilities of their prompts' tokens to the sequences.
 
     :param logits: [N, V], the rows of all the ranges, one after the other
     :param scored: sequences, and the places in their prompts that the rows belong to

@@ -55,7 +55,7 @@ def is_decode_only(batch: ForwardBatch) -> bool:
 
 
 def decode_rows(batch: ForwardBatch, size: int, scratch_slot: int) -> torch.Tensor:
-    """What a graph is told of a batch of decodes, padded to `size` rows.
+    """A graph's input for a batch of decodes, padded to `size` rows.
 
     :returns: [5, size] int64: token ids, positions, slots to write, first slots, cached tokens
         with the new one
