@@ -33,7 +33,7 @@ _FROM_POSITIONS = {
 
 
 class LayerInputs:
-    """Records, while entered, what the layers are given besides hidden states, and what they return."""
+    """Records, while entered, what layers are given besides hidden states, and what they return."""
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
