@@ -67,9 +67,11 @@ def decodes(pasts: list[int], first_slots: list[int]) -> ForwardBatch:
     for i, (past, first) in enumerate(zip(pasts, first_slots, strict=True)):
         tokens = list(range(10 * i, 10 * i + past + 1))
         sampling = SamplingParams(max_tokens=1)
-        text = Sequence.create(str(i), i, tokens, [], sampling, seed=0, added_at=0.0, num_stages=1)
-        text.num_cached, text.first_slot = past, first
-        work.append((text, 1))
+        sequence = Sequence.create(
+            str(i), i, tokens, [], sampling, seed=0, added_at=0.0, num_stages=1
+        )
+        sequence.num_cached, sequence.first_slot = past, first
+        work.append((sequence, 1))
     return Round.pack(work).batch
 
 
@@ -100,15 +102,15 @@ def test_rows_of_a_graph_say_what_the_batch_says_and_padding_has_its_own_slot() 
 
 def test_prompts_and_their_last_chunks_are_not_decodes() -> None:
     sampling = SamplingParams(max_tokens=1)
-    text = Sequence.create("k", 0, [1, 2, 3], [], sampling, seed=0, added_at=0.0, num_stages=1)
-    text.first_slot = 0
-    assert not is_decode_only(Round.pack([(text, 3)]).batch)
-    assert not is_decode_only(Round.pack([(text, 1)]).batch)  # a chunk, no token is due
+    sequence = Sequence.create("k", 0, [1, 2, 3], [], sampling, seed=0, added_at=0.0, num_stages=1)
+    sequence.first_slot = 0
+    assert not is_decode_only(Round.pack([(sequence, 3)]).batch)
+    assert not is_decode_only(Round.pack([(sequence, 1)]).batch)  # a chunk, no token is due
     scoring = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    text = Sequence.create("k", 0, [1, 2], [], scoring, seed=0, added_at=0.0, num_stages=1)
-    text.first_slot = 0
-    text.num_cached = 1
-    scoring_round = Round.pack([(text, 1)])
+    sequence = Sequence.create("k", 0, [1, 2], [], scoring, seed=0, added_at=0.0, num_stages=1)
+    sequence.first_slot = 0
+    sequence.num_cached = 1
+    scoring_round = Round.pack([(sequence, 1)])
     assert is_decode_only(scoring_round.batch) == (not scoring_round.scored)
 
 
@@ -127,7 +129,7 @@ def test_replayed_decodes_match_generate(name: str, rerun: type[Rerun]) -> None:
 def test_padding_leaves_the_texts_caches_alone(rerun: type[Rerun]) -> None:
     engine = tiny_model("llama").engine(kv_cache_tokens=40)
     (stage,) = engine.stages
-    assert stage.pool.num_slots == 41  # the padding's is no text's
+    assert stage.pool.num_slots == 41  # the padding's is no sequence's
     for tensor in (*stage.pool.keys, *stage.pool.values):
         tensor.fill_(7.0)
     batch = decodes([0, 0, 0], [5, 11, 30])

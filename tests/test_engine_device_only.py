@@ -51,15 +51,17 @@ def stage_on_meta(model: str, backend: AttentionBackend) -> Stage:
     return stage
 
 
-def texts(*, num_left: int | None = None, **sampling) -> list[Sequence]:
+def sequences(*, num_left: int | None = None, **sampling) -> list[Sequence]:
     """Sequences of which all tokens, or the last `num_left`, are still to be computed."""
     params = SamplingParams(max_tokens=4, **sampling)
     found = []
     for i, prompt in enumerate(PROMPTS):
-        text = Sequence.create(str(i), i, prompt, [], params, seed=i, added_at=0.0, num_stages=1)
-        text.first_slot = 50 * i
-        text.num_cached = 0 if num_left is None else len(prompt) - num_left
-        found.append(text)
+        sequence = Sequence.create(
+            str(i), i, prompt, [], params, seed=i, added_at=0.0, num_stages=1
+        )
+        sequence.first_slot = 50 * i
+        sequence.num_cached = 0 if num_left is None else len(prompt) - num_left
+        found.append(sequence)
     return found
 
 
@@ -69,7 +71,7 @@ def test_a_forward_reads_nothing(model: str, name: str) -> None:
     """With the real kernel's arguments, though not its numbers."""
     stage = stage_on_meta(model, backend_of(name))
     for num_left in (None, 1, 2):
-        work = [(text, text.num_pending) for text in texts(num_left=num_left)]
+        work = [(sequence, sequence.num_pending) for sequence in sequences(num_left=num_left)]
         work[0][0].copy = CacheCopy(300, 10, 5)
         batch = Round.pack(work).batch
         logits = stage.run(batch, batch.token_ids[None])
@@ -83,7 +85,7 @@ def test_a_graph_s_step_reads_nothing(model: str) -> None:
     """So there is nothing in it that can't be captured, but what only CUDA forbids."""
     stage = stage_on_meta(model, backend_of("varlen"))
     graph = _PaddedDecode(stage._run_eagerly, lambda step, device: step, 8, META, scratch_slot=399)
-    batch = Round.pack([(text, 1) for text in texts(num_left=1)]).batch
+    batch = Round.pack([(sequence, 1) for sequence in sequences(num_left=1)]).batch
     assert graph.run(batch).shape == (len(PROMPTS), VOCAB)
 
 
@@ -98,12 +100,12 @@ def test_a_graph_s_step_reads_nothing(model: str) -> None:
     ids=str,
 )
 def test_choosing_tokens_reads_them_alone(sampling: dict) -> None:
-    rows = texts(**sampling)
-    for text in rows:
-        text.change = LogitsChange(text.sampling, (), (2, 3))
+    rows = sequences(**sampling)
+    for sequence in rows:
+        sequence.change = LogitsChange(sequence.sampling, (), (2, 3))
     logits = torch.empty(len(rows), VOCAB, device=META, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError) as caught:
-        choose_tokens(logits, [text.sampling_row() for text in rows])
+        choose_tokens(logits, [sequence.sampling_row() for sequence in rows])
     ours = [f.line for f in traceback.extract_tb(caught.tb) if "sampler.py" in f.filename]
     assert len(ours) == 1
     assert "ids: list[int] = chosen.tolist()" in str(ours[0])
@@ -122,9 +124,9 @@ def test_a_grammar_s_mask_reads_nothing() -> None:
                 bits[:] = 5
                 return True
 
-    (text, *_) = texts()
-    text.grammar = OnlyTheMask()
-    row = text.sampling_row()
+    (sequence, *_) = sequences()
+    sequence.grammar = OnlyTheMask()
+    row = sequence.sampling_row()
     logits = torch.empty(1, VOCAB, device=META)
     assert change_logits(logits, [row]).device == META
     found = change_logits(torch.zeros(1, VOCAB), [row])[0].isfinite().nonzero()[:, 0].tolist()

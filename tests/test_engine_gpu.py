@@ -60,11 +60,11 @@ def decodes(num_texts: int, past: int) -> ForwardBatch:
     work = []
     for i in range(num_texts):
         tokens = [(7 * i + j) % 250 + 3 for j in range(past + 1)]
-        text = Sequence.create(
+        sequence = Sequence.create(
             str(i), i, tokens, [], SamplingParams(max_tokens=1), seed=0, added_at=0.0, num_stages=1
         )
-        text.num_cached, text.first_slot = past, i * (past + 1)
-        work.append((text, 1))
+        sequence.num_cached, sequence.first_slot = past, i * (past + 1)
+        work.append((sequence, 1))
     return Round.pack(work).batch
 
 

@@ -55,10 +55,10 @@ def changed(logits: torch.Tensor, prompt: list[int], new: list[int], **sampling)
     """`logits` [V] as a request with these fields has them behind `prompt` and `new`."""
     params = SamplingParams(**sampling)
     change = LogitsChange.of(params, tokenizer())
-    text = Sequence.create(
+    sequence = Sequence.create(
         "k", 0, prompt, new, params, seed=0, added_at=0.0, num_stages=1, change=change
     )
-    return change_logits(logits[None], [text.sampling_row()])[0]
+    return change_logits(logits[None], [sequence.sampling_row()])[0]
 
 
 def some_logits(seed: int = 0) -> torch.Tensor:
@@ -140,12 +140,14 @@ def test_min_p_comes_before_top_p_as_in_vllm() -> None:
     for warper in (TemperatureLogitsWarper(1.5), MinPLogitsWarper(0.3), TopPLogitsWarper(0.6)):
         scores = warper(None, scores)
     params = SamplingParams(temperature=1.5, min_p=0.3, top_p=0.6, max_tokens=1)
-    texts = [
+    sequences = [
         Sequence.create("k", 0, [1], [], params, seed=seed, added_at=0.0, num_stages=1)
         for seed in range(1500)
     ]
     drawn = set(
-        choose_tokens(logits.expand(len(texts), -1), [text.sampling_row() for text in texts])
+        choose_tokens(
+            logits.expand(len(sequences), -1), [sequence.sampling_row() for sequence in sequences]
+        )
     )
     assert drawn == set(scores[0].isfinite().nonzero()[:, 0].tolist())
 

@@ -29,19 +29,19 @@ def token_ids(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 def logits_in_chunks(engine: Engine, tokens: list[int], chunks: list[int]) -> torch.Tensor:
     """The engine's logits after each chunk of `tokens`, run through its stages by hand."""
-    text = Sequence.create(
+    sequence = Sequence.create(
         "k", 0, tokens, [], SamplingParams(max_tokens=1), seed=0, added_at=0.0, num_stages=1
     )
-    text.first_slot = 3
+    sequence.first_slot = 3
     outputs = []
     for count in chunks:
-        batch = Round.pack([(text, count)]).batch
+        batch = Round.pack([(sequence, count)]).batch
         batch.logit_rows = torch.tensor([count - 1])
         passed = batch.token_ids[None]
         for stage in engine.stages:
             passed = stage.run(batch, passed)
         outputs.append(passed)
-        text.num_cached += count
+        sequence.num_cached += count
     return torch.cat(outputs)
 
 

@@ -28,8 +28,10 @@ def texts(engine, prompts=PROMPTS, **sampling) -> list[list[int]]:
 def row(seed: int, position: int = 0, **sampling) -> SamplingRow:
     params = SamplingParams(**{"temperature": 1.0, "max_tokens": 4 + position, **sampling})
     generated = [0] * position
-    text = Sequence.create("k", 0, [1], generated, params, seed=seed, added_at=0.0, num_stages=1)
-    return text.sampling_row()
+    sequence = Sequence.create(
+        "k", 0, [1], generated, params, seed=seed, added_at=0.0, num_stages=1
+    )
+    return sequence.sampling_row()
 
 
 def draws(logits: torch.Tensor, **sampling) -> np.ndarray:

@@ -15,7 +15,7 @@ from queue_api.wire.schemas import SamplingParams
 SLOTS = 48
 
 
-def text(number: int, prompt: int, new: int) -> Sequence:
+def new_sequence(number: int, prompt: int, new: int) -> Sequence:
     sampling = SamplingParams(max_tokens=new)
     return Sequence.create(
         f"k{number}", number, [0] * prompt, [], sampling, seed=0, added_at=0.0, num_stages=1
@@ -107,17 +107,17 @@ def test_everyone_finishes_within_the_budgets(
     num_seqs, extra, num_groups, how, arrivals, cancels
 ) -> None:
     drive = Drive(num_seqs, num_seqs + extra, num_groups, how)
-    texts: list[Sequence] = []
+    sequences: list[Sequence] = []
     pending = list(arrivals)
     step = 0
     while True:
         while pending and pending[0][0] <= step % 6:
             _, prompt, new = pending.pop(0)
-            texts.append(text(len(texts), prompt, new))
-            drive.scheduler.add(texts[-1])
+            sequences.append(new_sequence(len(sequences), prompt, new))
+            drive.scheduler.add(sequences[-1])
         for number, when in cancels:
-            if when == step and number < len(texts) and number not in drive.finished:
-                cancel(drive, texts[number])
+            if when == step and number < len(sequences) and number not in drive.finished:
+                cancel(drive, sequences[number])
         busy = drive.round()
         step += 1
         if not busy and not pending:
@@ -145,7 +145,7 @@ def cancel(drive: Drive, sequence: Sequence) -> None:
 def test_a_long_text_is_not_overtaken_for_want_of_slots() -> None:
     drive = Drive(num_seqs=8, budget=64, num_groups=1, how="cache")
     for number, (prompt, new) in enumerate([(20, 10), (30, 10), (1, 1)]):
-        drive.scheduler.add(text(number, prompt, new))
+        drive.scheduler.add(new_sequence(number, prompt, new))
     drive.round()
     assert drive.admitted == [0]  # 1 needs 40 slots, 18 are free; 2 would fit
     while drive.round():
@@ -156,10 +156,10 @@ def test_a_long_text_is_not_overtaken_for_want_of_slots() -> None:
 def test_of_those_that_wait_the_longest_begin_first() -> None:
     drive = Drive(num_seqs=4, budget=64, num_groups=1, how="no cache")
     for number in range(4):
-        drive.scheduler.add(text(number, 3, 5))
+        drive.scheduler.add(new_sequence(number, 3, 5))
     drive.round()
     for number, new in enumerate([2, 9, 4, 9], start=4):
-        drive.scheduler.add(text(number, 3, new))
+        drive.scheduler.add(new_sequence(number, 3, new))
     while drive.round():
         pass
     assert drive.admitted == [0, 1, 2, 3, 5, 7, 6, 4]
@@ -167,13 +167,13 @@ def test_of_those_that_wait_the_longest_begin_first() -> None:
 
 def test_a_short_text_is_overtaken_a_bounded_number_of_times() -> None:
     drive = Drive(num_seqs=4, budget=64, num_groups=1, how="no cache")
-    drive.scheduler.add(text(0, 3, 6))
+    drive.scheduler.add(new_sequence(0, 3, 6))
     drive.round()
-    drive.scheduler.add(text(1, 3, 1))
+    drive.scheduler.add(new_sequence(1, 3, 1))
     number = 2
     while 1 not in drive.admitted:
         for _ in range(4):
-            drive.scheduler.add(text(number, 3, 6))  # longer ones keep coming
+            drive.scheduler.add(new_sequence(number, 3, 6))  # longer ones keep coming
             number += 1
         drive.round()
         assert number < 1000
@@ -184,7 +184,7 @@ def test_a_short_text_is_overtaken_a_bounded_number_of_times() -> None:
 def test_sequences_are_spread_over_the_micro_batches(num_groups: int) -> None:
     drive = Drive(num_seqs=6, budget=48, num_groups=num_groups, how="cache")
     for number in range(6):
-        drive.scheduler.add(text(number, 4, 4))
+        drive.scheduler.add(new_sequence(number, 4, 4))
     drive.scheduler.admit()
     sizes = [len(drive.scheduler.schedule()) for _ in range(num_groups)]
     assert sizes == [6 // num_groups] * num_groups
@@ -195,7 +195,7 @@ def test_a_prompt_that_was_begun_is_read_before_others():
     """Else the one cut off by each micro-batch's budget would wait for all that came later."""
     scheduler = Scheduler(SlotAllocator(1000), max_num_seqs=8, max_batch_tokens=10)
     for number in range(8):
-        scheduler.add(text(number, prompt=15, new=20))
+        scheduler.add(new_sequence(number, prompt=15, new=20))
     scheduler.admit()
     read: list[int] = []
     while len(read) < 8:

@@ -1,6 +1,6 @@
-"""Ranges grow, move and are given back, and what a text reads in its slots is what it wrote.
+"""Ranges grow, move and are given back, and what a sequence reads in its slots is what it wrote.
 
-The stages are a list here: one entry per slot, the text up to the token whose K and V lie there.
+The stages are a list here: one entry per slot, the tokens up to that whose K and V lie there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SLOTS = 240
 Content = tuple[int, ...] | None
 
 
-def text(number: int, prompt: list[int], new: int) -> Sequence:
+def new_sequence(number: int, prompt: list[int], new: int) -> Sequence:
     sampling = SamplingParams(max_tokens=new)
     return Sequence.create(
         f"k{number}", number, prompt, [], sampling, seed=0, added_at=0.0, num_stages=1
@@ -39,14 +39,14 @@ class Flight:
 
 @dataclass
 class World:
-    """A scheduler, its stages' memory, and texts whose tokens follow from number and place."""
+    """A scheduler, its stages' memory, and sequences whose tokens follow from number and place."""
 
     num_seqs: int
     budget: int
     num_groups: int
     shares: bool
     lengths: dict[int, int] = field(default_factory=dict)
-    """When a text ends, in tokens, by its number."""
+    """When a sequence ends, in tokens, by its number."""
     failures: deque[bool] = field(default_factory=deque)
     """Whether the next micro-batches fail; none does when there is no more."""
     fails_to_move: bool = False
@@ -101,7 +101,7 @@ class World:
             own = range(sequence.first_slot, sequence.first_slot + sequence.num_slots)
             assert sequence.num_cached <= len(own) <= sequence.capacity
             assert 0 <= own.start < own.stop <= SLOTS
-            assert taken.isdisjoint(own), "no two texts have a slot in common"
+            assert taken.isdisjoint(own), "no two sequences have a slot in common"
             taken.update(own)
 
     def submit(self, packed: Round) -> None:
@@ -185,7 +185,7 @@ def test_every_text_finishes_and_reads_what_it_wrote(
             _, prompt, new, end, which = arrivals.popleft()
             number = len(added)
             world.lengths[number] = prompt + min(new, end)
-            added.append(text(number, [1 if which else 2] * (prompt - 1) + [4], new))
+            added.append(new_sequence(number, [1 if which else 2] * (prompt - 1) + [4], new))
             world.scheduler.add(added[-1])
             wait = arrivals[0][0] if arrivals else 0
         wait -= 1
@@ -214,7 +214,7 @@ def run(world: World, texts: list[tuple[int, int]], end: int) -> list[int]:
     """Run texts of (prompt, max_tokens) that end after `end` new ones; how many ran, by round."""
     for number, (prompt, new) in enumerate(texts):
         world.lengths[number] = prompt + min(new, end)
-        world.scheduler.add(text(number, [number % 5] * prompt, new))
+        world.scheduler.add(new_sequence(number, [number % 5] * prompt, new))
     running = []
     while len(world.finished) < len(texts):
         world.round()
@@ -235,17 +235,22 @@ def test_texts_that_end_early_run_together_where_full_reservation_would_not_let_
 
 def test_nobody_copies_from_where_a_text_moves_until_it_is_there() -> None:
     world = World(num_seqs=8, budget=1, num_groups=3, shares=True, fails_to_move=True)
-    texts = [text(0, [1] * 40, 100), text(1, [2] * 40, 100), text(2, [1] * 50, 100)]
+    sequences = [
+        new_sequence(0, [1] * 40, 100),
+        new_sequence(1, [2] * 40, 100),
+        new_sequence(2, [1] * 50, 100),
+    ]
     world.lengths = dict.fromkeys(range(3), 130)
-    for sequence in texts[:2]:
+    for sequence in sequences[:2]:
         world.scheduler.add(sequence)
     while (
-        texts[0].in_flight
-        or texts[0].num_tokens <= texts[0].num_slots
+        sequences[0].in_flight
+        or sequences[0].num_tokens <= sequences[0].num_slots
         or not any(world.scheduler.running)
     ):
         world.round()
-    world.scheduler.add(texts[2])  # Its beginning is the one that moves, with 1 right behind it.
+    # Its beginning is the one that moves, with 1 right behind it.
+    world.scheduler.add(sequences[2])
     while len(world.finished) < 3:
         world.round()
     assert not world.fails_to_move
@@ -256,7 +261,7 @@ def test_what_a_preempted_text_left_is_known_apart_from_what_it_has_again() -> N
     allocator = SlotAllocator(SLOTS)
     prefixes = PrefixCache(allocator)
     ranges = SlotRanges(allocator, prefixes, 8)
-    preempted, follower = (text(number, [1] * 40, 10) for number in range(2))
+    preempted, follower = (new_sequence(number, [1] * 40, 10) for number in range(2))
     for _ in range(2):
         preempted.num_cached = 0
         assert ranges.open(preempted)
