@@ -13,7 +13,7 @@ from uuid import uuid4
 from queue_api.client.reader import ResultReader, Subscription
 from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL
-from queue_api.store.jobs import chunk_job_id, request_json
+from queue_api.store.jobs import chunk_job_id, request_json, too_large
 from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import RunStore, parse_result
 from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError
@@ -29,7 +29,8 @@ GOODBYE_S = 5.0
 
 @dataclass
 class _Pending:
-    request: GenerationRequest
+    id: str
+    as_json: bytes
     future: asyncio.Future[GenerationResult]
     sent: bool = False
     """On the queue, or was: if it isn't there now, it got lost."""
@@ -61,12 +62,16 @@ class Interactive:
         """Enqueue the request and wait for its result.
 
         :raises ClientClosedError: closed, now or while it waits
+        :raises RequestTooLargeError: no job could hold it
         """
         if self._closed:
             raise ClientClosedError("the client is closed; make another one")
+        as_json = request_json(request)
+        if (error := too_large(as_json)) is not None:
+            raise error
         loop = asyncio.get_running_loop()
         index, self._next = self._next, self._next + 1
-        pending = self._pending[index] = _Pending(request, loop.create_future())
+        pending = self._pending[index] = _Pending(request.id, as_json, loop.create_future())
         if not self._unsent:
             loop.call_later(GATHER_S, self._start, self._send)
         self._unsent.append(index)
@@ -139,7 +144,7 @@ class Interactive:
                 template.call(
                     chunk_job_id(self._run, i),
                     self._run,
-                    [(i, request_json(self._pending[i].request))],
+                    [(i, self._pending[i].as_json)],
                 )
                 for i in indexes
             ]
@@ -192,7 +197,7 @@ class Interactive:
 
     def _id_of(self, index: int) -> str | None:
         pending = self._pending.get(index)
-        return pending.request.id if pending else None
+        return pending.id if pending else None
 
     async def _withdraw(self, index: int) -> None:
         with contextlib.suppress(BatchmillError):

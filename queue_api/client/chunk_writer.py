@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL, EnqueueCall
-from queue_api.store.jobs import chunk_job_id, request_json
+from queue_api.store.jobs import (
+    MAX_REQUEST_BYTES,
+    chunk_job_id,
+    request_json,
+    single_job_id,
+    too_large,
+)
 from queue_api.store.run_store import RunStore
 from queue_api.store.undone import undone
 from queue_api.wire.errors import QueueFullError
@@ -20,6 +26,8 @@ __all__ = ["ChunkWriter"]
 
 ENQUEUE_AT_ONCE = 512
 """Requests to one round trip."""
+BYTES_AT_ONCE = 32 * 2**20
+"""The same in bytes of requests, before they are compressed."""
 LINGER_S = 0.05
 """Full chunks wait so long for more of their kind."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
@@ -29,7 +37,8 @@ class ChunkWriter:
     """Takes requests in the order of their indexes, and enqueues what is neither done nor alive.
 
     Chunks are fixed ranges of indexes, so that whoever knows an index knows its job, and doing it
-    all again after a crash makes the same jobs.
+    all again after a crash makes the same jobs. The requests of a chunk that together are too large
+    for a job get one each, as a worker gives them that splits a chunk.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class ChunkWriter:
         self._calls: list[EnqueueCall] = []
         self._results: list[GenerationResult] = []
         self._waiting = 0
+        self._bytes = 0
         self._end = 0
         self._flushed_at = 0.0
         self._submitted_before = submitted
@@ -81,12 +91,21 @@ class ChunkWriter:
         if index not in self._done:
             self._waiting += 1
             if isinstance(item, GenerationRequest):
-                self._chunk.append((index, as_json or request_json(item)))
+                self._take(index, item, as_json or request_json(item))
             else:
                 self._results.append(item)
         if (index + 1) % self._chunk_size:
             return False
-        return self._waiting >= ENQUEUE_AT_ONCE or time.monotonic() - self._flushed_at > LINGER_S
+        is_much = self._waiting >= ENQUEUE_AT_ONCE or self._bytes >= BYTES_AT_ONCE
+        return is_much or time.monotonic() - self._flushed_at > LINGER_S
+
+    def _take(self, index: int, item: GenerationRequest, as_json: bytes) -> None:
+        self._bytes += len(as_json)
+        if (error := too_large(as_json)) is None:
+            self._chunk.append((index, as_json))
+        else:
+            failed = GenerationResult.failed(item.id, error, run=self._run, index=index)
+            self._results.append(failed)
 
     def skip(self, index: int) -> None:
         """Pass over a request that somebody knows to be done."""
@@ -98,10 +117,7 @@ class ChunkWriter:
         for index, request in items:
             chunks.setdefault(index // self._chunk_size, []).append((index, request_json(request)))
         await self._enqueue(
-            [
-                self._template.call(chunk_job_id(self._run, number), self._run, chunk)
-                for number, chunk in chunks.items()
-            ]
+            [c for number, chunk in chunks.items() for c in self._jobs(number, chunk)]
         )
 
     async def flush(self) -> None:
@@ -110,7 +126,7 @@ class ChunkWriter:
         self._seal()
         calls, self._calls = self._calls, []
         results, self._results = self._results, []
-        self._waiting = 0
+        self._waiting = self._bytes = 0
         await self._enqueue(calls)
         await self._store.emit(self._run, results)
         self._flushed_at = time.monotonic()
@@ -124,10 +140,17 @@ class ChunkWriter:
 
     def _seal(self) -> None:
         if self._chunk:
-            number = self._chunk[0][0] // self._chunk_size
-            job_id = chunk_job_id(self._run, number)
-            self._calls.append(self._template.call(job_id, self._run, self._chunk))
+            self._calls += self._jobs(self._chunk[0][0] // self._chunk_size, self._chunk)
             self._chunk = []
+
+    def _jobs(self, number: int, chunk: list[tuple[int, bytes]]) -> Iterator[EnqueueCall]:
+        """What enqueues these requests of a chunk."""
+        if sum(len(as_json) for _, as_json in chunk) <= MAX_REQUEST_BYTES:
+            yield self._template.call(chunk_job_id(self._run, number), self._run, chunk)
+            return
+        for index, as_json in chunk:
+            job_id = single_job_id(self._run, index)
+            yield self._template.call(job_id, self._run, [(index, as_json)])
 
     async def _enqueue(self, calls: Sequence[EnqueueCall]) -> None:
         pause_s = FIRST_PAUSE_S

@@ -15,6 +15,7 @@ from queue_api.client.reader import ResultReader
 from queue_api.client.run import Run
 from queue_api.client.submission import Requests, Submission, as_request, fingerprint
 from queue_api.connection.settings import QueueSettings
+from queue_api.store.jobs import request_json, too_large
 from queue_api.store.run_store import RunStore
 from queue_api.store.runs import RunStatus, check_run_id, is_run_id
 from queue_api.wire.errors import ClientClosedError, DuplicateRequestError
@@ -124,6 +125,7 @@ class Client:
         has an id: then it goes on, and calling again gets its result.
 
         :raises InvalidRequestError: unknown field, wrong type, out of range
+        :raises RequestTooLargeError: no job could hold it
         :raises DuplicateRequestError: another prompt has this id
         :raises TimeoutError: see above
         :raises ClientClosedError: the client is closed, now or while it waits
@@ -156,6 +158,8 @@ class Client:
             ) from None
 
     async def _generate_once(self, request: GenerationRequest) -> GenerationResult:
+        if (error := too_large(request_json(request))) is not None:
+            raise error
         run_id = _run_of(request.id)
         mark = fingerprint([request])
         there = await self.store.open(

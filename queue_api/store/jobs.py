@@ -21,12 +21,14 @@ from rq import Queue
 from rq.job import Job
 
 from queue_api.store.runs import is_run_id
-from queue_api.wire.errors import BatchmillError, InvalidRequestError
+from queue_api.wire.errors import BatchmillError, InvalidRequestError, RequestTooLargeError
 from queue_api.wire.sampling import SAMPLING_FIELDS
 from queue_api.wire.schemas import MOST_FIELDS, GenerationRequest
 
 __all__ = [
     "GENERATE",
+    "MAX_PAYLOAD_BYTES",
+    "MAX_REQUEST_BYTES",
     "Chunk",
     "GenerateJob",
     "GenerateQueue",
@@ -39,6 +41,7 @@ __all__ = [
     "request_from_fields",
     "request_json",
     "single_job_id",
+    "too_large",
 ]
 
 GENERATE = "batchmill.generate"
@@ -48,6 +51,8 @@ MAX_RETRIES_FIELD = "max_retries"
 """Extra field: how many retries it began with; less `retries_left` it tells the attempt."""
 MAX_PAYLOAD_BYTES = 64 * 2**20
 """A job's data may not unpack to more than this; a zip bomb ends as a failed job."""
+MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES - 4096
+"""A request's JSON may not take more: nobody could read the job that holds it."""
 MAX_REQUESTS_PER_JOB = 1024
 _REQUESTS = TypeAdapter(list[GenerationRequest])
 
@@ -113,6 +118,15 @@ def chunk_payload(run: str, items: Iterable[tuple[int, bytes]]) -> bytes:
     requests = b",".join([b"[%d,%b]" % item for item in items])
     start = f'["{GENERATE}",null,[],{{"run":{json.dumps(run)},"requests":['
     return start.encode() + requests + b"]}]"
+
+
+def too_large(as_json: bytes) -> RequestTooLargeError | None:
+    """What is wrong with a request of this JSON, if no job could hold it."""
+    if len(as_json) <= MAX_REQUEST_BYTES:
+        return None
+    return RequestTooLargeError(
+        f"the request takes {len(as_json)} bytes as JSON; the limit is {MAX_REQUEST_BYTES}"
+    )
 
 
 def request_json(request: GenerationRequest) -> bytes:

@@ -19,6 +19,7 @@ from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
 from queue_api.store.jobs import GenerateJob
 from queue_api.store.keys import (
+    RQ_KEY_PREFIX,
     RunKeys,
     canceled_key,
     executions_key,
@@ -201,6 +202,7 @@ class RunStore:
         waiting, answers = list(job_ids), dict[str, int]()
         keys = [self.template(queue).queue.key, canceled_key(queue)]
         limits: list[str | int] = [queue, self.settings.job_ttl_s, QUEUE_ENTRIES_AT_ONCE]
+        limits.append(RQ_KEY_PREFIX)
         while page := waiting[:CANCEL_AT_ONCE]:
             jobs = [
                 key

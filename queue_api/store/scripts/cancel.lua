@@ -3,7 +3,8 @@
 --
 -- KEYS  1 queue list  2 CanceledJobRegistry of the queue  3… (job hash, the job's dependents) per job
 -- ARGV  1 queue name  2 time to live of the job hashes (seconds); RQ keeps them for ever
---       3 entries of the queue to look at: bounds how long the server is held up  4… job ids
+--       3 entries of the queue to look at: bounds how long the server is held up
+--       4 RQ's key prefix  5… job ids
 -- Returns for each job that it came to, at least one: 1 cancelled; 0 ended or never was;
 -- 2 alive but left alone: RQ's own handler has to do it, because the job runs, waits elsewhere,
 -- has dependents, or holds a slot of a rate limit.
@@ -11,8 +12,15 @@ local length, budget = redis.call('LLEN', KEYS[1]), tonumber(ARGV[3])
 local now = redis.call('TIME')[1]
 local ended = {finished = true, failed = true, stopped = true, canceled = true}
 local reply = {}
-for i = 4, #ARGV do
-  local job, dependents = KEYS[2 * i - 5], KEYS[2 * i - 4]
+-- RQ takes nothing off its registry, not even jobs whose hashes are gone. More are looked at than
+-- come, so it doesn't grow for ever; drawn, since the oldest may be somebody's who keeps them.
+for _, id in ipairs(redis.call('ZRANDMEMBER', KEYS[2], 4 * (#ARGV - 4))) do
+  if redis.call('EXISTS', ARGV[4] .. ':job:' .. id) == 0 then
+    redis.call('ZREM', KEYS[2], id)
+  end
+end
+for i = 5, #ARGV do
+  local job, dependents = KEYS[2 * i - 7], KEYS[2 * i - 6]
   -- pcall: somebody's key of another type under a job's name must not keep the others alive
   local known = redis.pcall('HMGET', job, 'status', 'origin', 'rate_limit_key')
   if not known[1] or ended[known[1]] then
