@@ -6,7 +6,17 @@ import re
 import signal
 
 import pytest
-from kits.worker_kit import QUEUE, completed, num_done, results, status, submit, until
+from kits.worker_kit import (
+    QUEUE,
+    SERVE,
+    WorkerProcess,
+    completed,
+    num_done,
+    results,
+    status,
+    submit,
+    until,
+)
 from rq import Queue
 from rq.job import Job
 
@@ -72,6 +82,19 @@ def test_a_worker_s_log_ends_with_its_prefix_hit_rate(connection, start_worker):
     assert worker.wait() == 0
     (rate,) = re.findall(r"prompt tokens, (.*)% of them from the prefix", worker.log.read_text())
     assert 50 < float(rate) < 75  # three of four, all but their last token
+
+
+def test_a_drain_amid_a_long_step_ends_well(server, connection, tmp_path):
+    # the step goes on while the worker gives up asking for the texts so far, and ends soon after
+    script = f"import workers.service; workers.service.GOODBYE_S = 3.0\n{SERVE}"
+    model = "echo:tokens=2,step_s=5"
+    worker = WorkerProcess(server.url, tmp_path / "log", model, script, drain_grace_s=0)
+    job_ids = submit(connection, "run", ["a b", "c d"], chunk_size=1)
+    until(lambda: status(connection, job_ids[0]) == "started")
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert "Exception" not in worker.said()
+    assert connection.lrange("rq:queue:batchmill", 0, -1) == [b"run-0", b"run-1"]
 
 
 def test_drain_gives_the_rest_back_without_spending_a_retry(connection, start_worker):

@@ -143,6 +143,13 @@ class _Stop:
     pass
 
 
+def _answer(
+    reply: asyncio.Future[Mapping[str, Sequence[int]]], progress: Mapping[str, Sequence[int]]
+) -> None:
+    if not reply.done():  # whoever asked may have given up, as in a drain amid a long step
+        reply.set_result(progress)
+
+
 class EngineLoop:
     """Runs `engine` from `start` to `stop`."""
 
@@ -241,7 +248,7 @@ class EngineLoop:
             if isinstance(command, _Cancel):
                 self.engine.cancel(command.key)
             elif isinstance(command, _Progress):
-                self._report(command.reply.set_result, self.engine.progress())
+                self._report(_answer, command.reply, self.engine.progress())
             else:
                 refused = [r for r in map(self._add, command.additions) if r is not None]
                 if refused:
