@@ -301,3 +301,33 @@ def test_given_forms_and_prompt_logprobs_come_back_in_their_rows(batchmill, tmp_
     assert first is None
     assert len(others) + 1 == done[4]["usage"]["prompt_tokens"]
     assert all(token["logprob"] <= 0 and len(token["top"]) == 1 for token in others)
+
+
+def crashing(rows: int, at: set[int]) -> str:
+    texts = ["poison" if i in at else f"word{i}" for i in range(rows)]
+    return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+
+
+CRASHING = ("--model", "echo:tokens=2,marked=poison,on_marked=abort")
+
+
+@pytest.mark.parametrize(
+    ("rows", "at"), [(60, {7, 41}), (2, {0, 1})], ids=["among others", "alone"]
+)
+def test_two_rows_that_crash_workers_cost_a_run_nothing_else(batchmill, tmp_path, rows, at):
+    (tmp_path / "in.jsonl").write_text(crashing(rows, at))
+    run = batchmill("run", "in.jsonl", "-o", "out.jsonl", *CRASHING, BATCHMILL_LEASE_S="1")
+    code, _, err = run.end()
+    assert code == 0, err
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(found) == rows
+    codes = {int(row["id"]): row["error"] and row["error"]["code"] for row in found}
+    assert codes == {i: "quarantined" if i in at else None for i in range(rows)}
+
+
+def test_workers_that_crash_at_everything_end_the_run(batchmill, tmp_path):
+    (tmp_path / "in.jsonl").write_text(crashing(40, set(range(40))))
+    run = batchmill("run", "in.jsonl", "-o", "out.jsonl", *CRASHING, BATCHMILL_LEASE_S="1")
+    code, _, err = run.end()
+    assert code not in (0, 2)
+    assert "starting them again brought no text" in err

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 EXIT_USAGE = 2
 """Exit code of a worker that was set up wrongly: starting it again would change nothing."""
 _KEPT_LINES = 20
+RESTARTS_TO_BEGIN = 3
+"""Of each place, until a worker serves: what fails so early fails on this machine."""
+RESTARTS_WITHOUT_TEXT = 10
+"""Of each place once workers serve, from one text to the next: a few rows that make workers crash
+are found out by them (BATCHMILL_MAX_DEATHS); a machine on which all crash is to be told of."""
 
 
 class ClusterError(RunIncompleteError):
@@ -32,8 +37,9 @@ class ClusterError(RunIncompleteError):
 class LocalCluster:
     """`num_workers` processes of `batchmill worker`; use as an async context manager.
 
-    A worker that dies is started again, `max_restarts` times in all per place. What it had
-    claimed is taken over by others when its leases run out.
+    A worker that dies is started again, within a budget of restarts per place that `refill` fills
+    up. What it had claimed is taken over by others when its leases run out, and a request that makes
+    workers crash is quarantined.
     """
 
     def __init__(
@@ -42,14 +48,13 @@ class LocalCluster:
         environment: Mapping[str, str],
         *,
         arguments: Sequence[str] = (),
-        max_restarts: int = 3,
         stop_timeout_s: float = 30.0,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         self.num_workers = num_workers
         self._environment = child_environment(environment)
         self._command = python_module("batchmill", "worker", *arguments)
-        self._max_restarts = max_restarts
+        self._restarts_left = [RESTARTS_TO_BEGIN] * num_workers
         self._stop_timeout_s = stop_timeout_s
         self._on_line = on_line
         self._processes: dict[int, asyncio.subprocess.Process] = {}
@@ -71,6 +76,10 @@ class LocalCluster:
         """Process ids of the workers that run now."""
         return [process.pid for process in self._processes.values() if process.returncode is None]
 
+    def refill(self) -> None:
+        """Workers serve, or a text has come out of one: give every place its restarts anew."""
+        self._restarts_left = [RESTARTS_WITHOUT_TEXT] * self.num_workers
+
     async def watch(self) -> None:
         """Return when stopped.
 
@@ -84,8 +93,8 @@ class LocalCluster:
                 watcher.result()
         if not self._stopping.is_set():
             raise ClusterError(
-                f"all {self.num_workers} workers ended, also after {self._max_restarts} restarts "
-                f"each; the last one said: {self._last_words('nothing')}"
+                f"all {self.num_workers} workers ended, and starting them again brought no "
+                f"text; the last one said: {self._last_words('nothing')}"
             )
 
     async def stop(self) -> None:
@@ -112,16 +121,17 @@ class LocalCluster:
 
     async def _keep_alive(self, place: int) -> None:
         """Run one worker after another in this place until stopped or out of restarts."""
-        for start in range(self._max_restarts + 1):
-            if self._stopping.is_set():
-                return
+        while not self._stopping.is_set():
             code = await self._run_once(place)
             if self._stopping.is_set():
                 return
             if code == EXIT_USAGE:
                 raise ConfigurationError(self._last_words("a worker refused its settings"))
-            left = self._max_restarts - start
+            left = self._restarts_left[place]
             logger.warning("worker %d ended with code %s; %d restarts left", place, code, left)
+            if not left:
+                return
+            self._restarts_left[place] -= 1
 
     async def _run_once(self, place: int) -> int:
         process = await asyncio.create_subprocess_exec(

@@ -77,7 +77,9 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
         async with Client(settings=settings) as client:
             await client.store.connect()
             async with cluster:
-                generation = asyncio.create_task(_generate(job, client, run, display.update))
+                generation = asyncio.create_task(
+                    _generate(job, client, run, cluster, display.update)
+                )
                 summary = await _unless_cluster_ends(generation, cluster)
             if job.queue is None:
                 await asyncio.to_thread(_forget_queue, client.store.rq_connection, queue)
@@ -85,12 +87,27 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
 
 
 async def _generate(
-    job: OfflineRun, client: Client, run: str, on_progress: Callable[[Progress], None]
+    job: OfflineRun,
+    client: Client,
+    run: str,
+    cluster: LocalCluster,
+    show: Callable[[Progress], None],
 ) -> RunSummary:
+    texts = 0
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal texts
+        show(progress)
+        # an error may be the quarantine's: that a row is found to make workers crash isn't work
+        before, texts = texts, progress.done - progress.errors
+        if texts > before:
+            cluster.refill()
+
     if job.num_workers:
         # Nothing is on the queue, and no output file there, until a worker has loaded its model:
         # one that refuses its settings leaves no trace. Nor does loading count as queue time.
         await _until_served(client.store, client.settings.queue)
+        cluster.refill()
     return await run_dataset(
         client,
         job.input,
