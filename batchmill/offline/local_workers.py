@@ -38,8 +38,8 @@ class LocalCluster:
     """`num_workers` processes of `batchmill worker`; use as an async context manager.
 
     A worker that dies is started again, within a budget of restarts per place that `refill` fills
-    up. What it had claimed is taken over by others when its leases run out, and a request that makes
-    workers crash is quarantined.
+    up. What it had claimed is taken over by others when its leases run out, and a request that
+    makes workers crash is quarantined.
     """
 
     def __init__(
