@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kits.worker_kit import QUEUE, num_done, results, status, until
+from kits.worker_kit import QUEUE, num_done, results, status, submit, until
 from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.utils import now, utcformat
 
+from queue_api.connection.connect import connect_async
 from queue_api.store.jobs import GENERATE, MAX_PAYLOAD_BYTES
 from queue_api.store.keys import RunKeys
+from queue_api.store.scripts import Scripts
+from workers.leases import MOST_LOOKS_PER_CLAIM, Leases
+from workers.scripts import worker_scripts
 
 FUZZ_JOBS = 1000
 GOOD = {"prompt": "a b", "max_tokens": 2}
@@ -310,3 +315,67 @@ def _random_json(draw: random.Random, depth: int) -> Any:
         names = draw.sample(fields, draw.randrange(5))
         return {name: _random_json(draw, depth - 1) for name in names}
     return draw.choice(leaves)
+
+
+def test_keys_of_another_type_beside_jobs_disarm_no_queue(connection, start_worker):
+    """Where RQ's registries should be, and amid the work: claims, leases and takeovers go on."""
+    for key in ("rq:queue:odd", "rq:wip:odder", f"rq:scheduled:{QUEUE}", "rq:executions:run-1"):
+        connection.set(key, "somebody's")
+    connection.rpush("rq:queue:odder", "kept")
+    jobs = submit(connection, "run", ["a b"] * 6, chunk_size=1)
+    # one word for each of two steps of half a minute, or killed amid the first
+    model = "echo:tokens=1,step_s=30"
+    victim = start_worker(model, lease_s=1, queues=f"odd,odder,{QUEUE}", name="victim")
+    until(lambda: {status(connection, job) for job in jobs} == {"started"})
+    connection.set("rq:job:run-0", "somebody's")
+    leases = "rq:wip:batchmill"
+    first = dict(connection.zrange(leases, 0, -1, withscores=True))
+    # renewed, all but the one that is no job any more
+    until(
+        lambda: (
+            connection.zcard(leases) == 5
+            and all(
+                until_at > first[name]
+                for name, until_at in connection.zrange(leases, 0, -1, withscores=True)
+            )
+        )
+    )
+    victim.kill()
+    start_worker("echo:tokens=1", lease_s=1, queues=f"odd,odder,{QUEUE}")
+    until(lambda: num_done(connection, "run") == 5)
+    assert connection.get("rq:queue:odd") == b"somebody's"
+    assert connection.lrange("rq:queue:odder", 0, -1) == [b"kept"]
+
+
+def test_a_queue_of_things_that_are_no_jobs_is_looked_through_in_parts(
+    server, connection, start_worker
+):
+    connection.rpush(f"rq:queue:{QUEUE}", *(f"gone-{i}" for i in range(2_500)))
+    submit(connection, "run", ["a b"] * 3)
+
+    async def claim():
+        client = connect_async(server.url)
+        leases = Leases(
+            client,
+            Scripts(client, worker_scripts()),
+            worker_name="w",
+            worker_key="rq:worker:w",
+            executions_key="rq:worker:w:executions",
+            queues=[QUEUE],
+            lease_s=30,
+            alone_after=2,
+            worker_ttl_s=60,
+            result_ttl_s=60,
+        )
+        try:
+            return await leases.claim(8)
+        finally:
+            await client.aclose()
+
+    before = connection.llen(f"rq:queue:{QUEUE}")
+    got = asyncio.run(claim())
+    assert (got.leases, got.may_be_more) == ([], True)
+    assert before - connection.llen(f"rq:queue:{QUEUE}") == MOST_LOOKS_PER_CLAIM
+    # a worker goes on by itself until it has come to the jobs
+    start_worker("echo:tokens=1")
+    until(lambda: num_done(connection, "run") == 3)

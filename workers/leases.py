@@ -30,6 +30,9 @@ from queue_api.store.scripts import ScriptCall, Scripts
 __all__ = ["Beat", "Claim", "Lease", "Leases"]
 
 MOST_JOBS_PER_CLAIM = 128
+MOST_LOOKS_PER_CLAIM = 1000
+RENEW_AT_ONCE = 500
+# these bound the time that one script holds the server up
 MOST_IN_A_STRETCH = 32
 FAIR_EVERY = 16
 """Every so many claims begin with the next queue in turn instead of the best."""
@@ -95,6 +98,8 @@ class Claim:
     is_suspended: bool
     waits_for_idle: bool
     """The next job has to run alone, on a worker that holds none."""
+    may_be_more: bool
+    """So many entries of the queues weren't jobs any more that some may stand behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,7 @@ class Leases:
         queue_keys = [key for name in queues for key in (queue_key(name), wip_key(name))]
         keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *queue_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
-        limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held]
+        limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held, MOST_LOOKS_PER_CLAIM]
         reply = await self._scripts.call(
             ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, *limits])
         )
@@ -155,6 +160,7 @@ class Leases:
             leases=[self._lease(entry, queues, claimed_at) for entry in reply[1:]],
             is_suspended=reply[0] == b"suspended",
             waits_for_idle=reply[0] == b"alone",
+            may_be_more=reply[0] == b"more",
         )
 
     def _in_order(self) -> list[str]:
@@ -176,19 +182,22 @@ class Leases:
 
     async def renew(self, leases: Iterable[Lease], state: str) -> Beat:
         """Keep all of them for another lease; says which are lost."""
+        waiting, is_known, lost = list(leases), True, dict[str, str]()
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_ttl_s]
-        reply = await self._scripts.call(
-            (
-                "heartbeat",
-                [self._worker_key, self._executions_key],
-                [*args, RQ_KEY_PREFIX, state, *_named(leases)],
+        for start in range(0, max(1, len(waiting)), RENEW_AT_ONCE):
+            page = waiting[start : start + RENEW_AT_ONCE]
+            reply = await self._scripts.call(
+                (
+                    "heartbeat",
+                    [self._worker_key, self._executions_key],
+                    [*args, RQ_KEY_PREFIX, state, *_named(page)],
+                )
             )
-        )
-        lost = {
-            execution.decode(): status.decode()
-            for execution, status in zip(reply[1::2], reply[2::2], strict=True)
-        }
-        return Beat(is_known=bool(reply[0]), lost=lost)
+            # the first call tells: it writes the worker's hash, so the others find one
+            is_known = is_known and bool(reply[0])
+            for execution, status in zip(reply[1::2], reply[2::2], strict=True):
+                lost[execution.decode()] = status.decode()
+        return Beat(is_known, lost)
 
     async def release_unknown(self, known: Container[str]) -> None:
         """Give back what the server holds for this worker but the worker doesn't know of.

@@ -6,8 +6,10 @@ lease times, and without forking: RQ's scheduler process would copy a loaded mod
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 
 import redis
 from rq import worker_registration
@@ -17,6 +19,7 @@ from rq.scheduler import RQScheduler
 from rq.utils import now
 from rq.worker.base import BaseWorker
 
+from queue_api.connection.failures import Failure, failure_of
 from queue_api.store.jobs import GenerateJob
 from workers.rq_side.reclaim import Reclaimer
 from workers.settings import WorkerSettings
@@ -60,12 +63,12 @@ class Maintenance:
 
     def tick(self) -> None:
         """Do what is due."""
-        self._enqueue_scheduled()
+        _unless_a_key_is_odd(self._enqueue_scheduled)
         if time.monotonic() >= self._next_reclaim:
             self._next_reclaim = time.monotonic() + self._reclaim_s
             self.reclaim()
         if self._worker.should_run_maintenance_tasks:
-            self._clean_registries()
+            _unless_a_key_is_odd(self._clean_registries)
 
     def reclaim(self) -> None:
         """Take over the jobs whose worker has let their leases run out.
@@ -74,7 +77,7 @@ class Maintenance:
         it holds the lock mustn't keep the others from its jobs.
         """
         for queue in self._worker.queues:
-            self._reclaimer.reclaim(queue)
+            _unless_a_key_is_odd(functools.partial(self._reclaimer.reclaim, queue))
 
     def _clean_registries(self) -> None:
         """What RQ's workers do now and then, but for abandoned jobs: those are reclaimed."""
@@ -124,3 +127,13 @@ class Maintenance:
         """Let others schedule."""
         if self._scheduler is not None:
             self._scheduler.stop()
+
+
+def _unless_a_key_is_odd(act: Callable[[], object]) -> None:
+    """What fails over one key, such as one of another type, leaves the rest to be done."""
+    try:
+        act()
+    except redis.RedisError as error:
+        if failure_of(error) is not Failure.KEY:
+            raise
+        logger.error("maintenance: %s", error)

@@ -87,7 +87,7 @@ class Intake:
             await asyncio.sleep(SUSPENDED_S)
         elif claim.waits_for_idle:
             await self._something_ends()
-        else:
+        elif not claim.may_be_more:
             await doorbell.wait()
 
     async def _something_ends(self) -> None:

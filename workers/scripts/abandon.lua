@@ -6,7 +6,8 @@
 local held = 0
 for i = 2, #ARGV, 3 do
   local registry, composite = ARGV[1] .. ':wip:' .. ARGV[i], ARGV[i + 1] .. ':' .. ARGV[i + 2]
-  if redis.call('ZSCORE', registry, composite) then
+  -- pcall: a registry that is somebody's key of another type must not hold the others
+  if type(redis.pcall('ZSCORE', registry, composite)) == 'string' then
     redis.call('ZADD', registry, 'XX', 0, composite)
     held = held + 1
   end

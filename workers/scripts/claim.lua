@@ -13,19 +13,34 @@
 --       5 RQ's key prefix  6 the first 24 hex digits of the new execution ids
 --       7 most jobs in one call: bounds how long the server is held up
 --       8 deaths after which a job has a worker for itself  9 jobs that this worker holds
+--       10 most entries of the queues to look at: what was cancelled or deleted is still there
 -- Returns {state, {job id, execution id, number of its queue, job hash}…}; queues are numbered
--- from 0; state is 'ok', 'suspended', or 'alone' if the next job waits for an idle worker.
+-- from 0; state is 'ok', 'suspended', 'alone' if the next job waits for an idle worker, or 'more'
+-- if there may be jobs behind the entries looked at.
+-- A queue whose list or registry is somebody's key of another type is passed over.
 if redis.call('EXISTS', KEYS[3]) == 1 then
   return {'suspended'}
 end
 local iso, lease, name, want, prefix = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local most, alone, held = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local looks = tonumber(ARGV[10])
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local stamp = string.format('%.6f', now)
 local reply = {'ok'}
+
+local function is_fit(key, kind)
+  local found = redis.call('TYPE', key).ok
+  return found == kind or found == 'none'
+end
+
 for k = 4, #KEYS, 2 do
-  while want > 0 and #reply <= most do
+  while want > 0 and #reply <= most and is_fit(KEYS[k], 'list') and is_fit(KEYS[k + 1], 'zset') do
+    if looks <= 0 then
+      reply[1] = 'more'
+      break
+    end
+    looks = looks - 1
     local id = redis.call('LPOP', KEYS[k])
     if not id then
       break
@@ -52,8 +67,11 @@ for k = 4, #KEYS, 2 do
       redis.call('HSET', prefix .. ':execution:' .. composite, 'id', execution, 'job_id', id,
         'created_at', stamp, 'last_heartbeat', stamp, 'worker_name', name)
       redis.call('EXPIRE', prefix .. ':execution:' .. composite, lease + 60)
-      redis.call('ZADD', executions, now + lease + 60, execution)
-      redis.call('EXPIRE', executions, lease + 60)
+      -- only RQ's tools read this one
+      if is_fit(executions, 'zset') then
+        redis.call('ZADD', executions, now + lease + 60, execution)
+        redis.call('EXPIRE', executions, lease + 60)
+      end
       redis.call('ZADD', KEYS[k + 1], now + lease, composite)
       redis.call('SADD', KEYS[2], composite)
       want = is_alone and 0 or want - math.max(1, tonumber(known[2] or '') or 1)

@@ -6,6 +6,7 @@
 --       6… (queue name, job id, execution id) per job
 -- Returns {1 if RQ still knew the worker, else 0; (execution id, job status or '') per lost job}.
 -- A lost job was cancelled, deleted, or given to another worker after its lease ran out.
+-- pcall: somebody's key of another type under a job's names must not cost the others their leases.
 local iso, lease, worker_ttl, prefix = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
@@ -19,18 +20,19 @@ for i = 6, #ARGV, 3 do
   local composite = id .. ':' .. execution
   local job = prefix .. ':job:' .. id
   local executions = prefix .. ':executions:' .. id
-  local status = redis.call('HGET', job, 'status')
-  if status and redis.call('ZSCORE', registry, composite) then
+  local status = redis.pcall('HGET', job, 'status')
+  status = type(status) == 'string' and status
+  if status and type(redis.pcall('ZSCORE', registry, composite)) == 'string' then
     redis.call('ZADD', registry, 'XX', now + lease, composite)
     redis.call('HSET', prefix .. ':execution:' .. composite, 'last_heartbeat', stamp)
     redis.call('EXPIRE', prefix .. ':execution:' .. composite, lease + 60)
-    redis.call('ZADD', executions, 'XX', now + lease + 60, execution)
+    redis.pcall('ZADD', executions, 'XX', now + lease + 60, execution)
     redis.call('EXPIRE', executions, lease + 60)
     redis.call('HSET', job, 'last_heartbeat', iso)
   else
-    redis.call('ZREM', registry, composite)
+    redis.pcall('ZREM', registry, composite)
     redis.call('DEL', prefix .. ':execution:' .. composite)
-    redis.call('ZREM', executions, execution)
+    redis.pcall('ZREM', executions, execution)
     redis.call('SREM', KEYS[2], composite)
     reply[#reply + 1] = execution
     reply[#reply + 1] = status or ''

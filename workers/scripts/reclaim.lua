@@ -9,15 +9,19 @@
 --       has a worker for itself  4 most jobs in one call
 -- Returns {how many went back, job id and execution id… of those to be quarantined}. The latter
 -- are left as they are, so that they are found again if the caller dies as well.
+-- pcall: somebody's key of another type under a job's names must not keep the others from running.
 local prefix, most_deaths, alone = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
+if redis.call('EXISTS', KEYS[2]) == 1 and redis.call('TYPE', KEYS[2]).ok ~= 'list' then
+  return {0}
+end
 local expired = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', clock[1], 'LIMIT', 0, ARGV[4])
 local reply = {0}
 for _, composite in ipairs(expired) do
   local id, execution = string.match(composite, '^([^:]*):?(.*)$')
   local job = prefix .. ':job:' .. id
   local execution_key = prefix .. ':execution:' .. composite
-  local known = redis.call('HMGET', job, 'status', 'deaths', 'worker_name')
+  local known = redis.pcall('HMGET', job, 'status', 'deaths', 'worker_name')
   local deaths = tonumber(known[2] or '') or 0
   deaths = deaths > 0 and deaths < 2 ^ 31 and math.floor(deaths) + 1 or 1
   if known[1] == 'started' and deaths >= most_deaths then
@@ -26,8 +30,8 @@ for _, composite in ipairs(expired) do
   else
     redis.call('ZREM', KEYS[1], composite)
     redis.call('DEL', execution_key)
-    redis.call('ZREM', prefix .. ':executions:' .. id, execution)
-    redis.call('SREM', prefix .. ':worker:' .. (known[3] or '') .. ':executions', composite)
+    redis.pcall('ZREM', prefix .. ':executions:' .. id, execution)
+    redis.pcall('SREM', prefix .. ':worker:' .. (known[3] or '') .. ':executions', composite)
     -- whatever isn't 'started' was ended or taken over by somebody else: only the lease is left
     if known[1] == 'started' then
       redis.call('HSET', job, 'status', 'queued', 'worker_name', '', 'deaths', deaths)

@@ -8,25 +8,31 @@
 --       3 entries of the queue and registries to look at: bounds how long the server is held up
 --       4… job ids
 -- Returns for each job that it came to, at least one: 1 misplaced, else 0.
+-- pcall, here and below: where somebody's key of another type stands, nothing can be told; an error
+-- in place of a reply is true
+local function size(command, key)
+  local found = redis.pcall(command, key)
+  return type(found) == 'number' and found or 0
+end
 local lengths = {
-  queued = redis.call('LLEN', KEYS[1]) + redis.call('LLEN', KEYS[2]),
-  started = redis.call('ZCARD', KEYS[3]),
+  queued = size('LLEN', KEYS[1]) + size('LLEN', KEYS[2]),
+  started = size('ZCARD', KEYS[3]),
   scheduled = 1,
 }
 local budget = tonumber(ARGV[3])
 
 local function has_lease(id, executions)
-  for _, execution in ipairs(redis.call('ZRANGE', executions, 0, -1)) do
-    if redis.call('ZSCORE', KEYS[3], id .. ':' .. execution) then
+  for _, execution in ipairs(redis.pcall('ZRANGE', executions, 0, -1)) do
+    if redis.pcall('ZSCORE', KEYS[3], id .. ':' .. execution) then
       return true
     end
   end
   -- of a worker that died long ago: the entry waits for somebody to reclaim it
   local cursor = '0'
   repeat
-    local page = redis.call('ZSCAN', KEYS[3], cursor, 'MATCH', id .. ':*', 'COUNT', 1000)
+    local page = redis.pcall('ZSCAN', KEYS[3], cursor, 'MATCH', id .. ':*', 'COUNT', 1000)
     cursor = page[1]
-    if #page[2] > 0 then
+    if page.err or #page[2] > 0 then
       return true
     end
   until cursor == '0'
@@ -35,17 +41,16 @@ end
 
 local function is_there(status, id, executions)
   if status == 'queued' then
-    return redis.call('LPOS', KEYS[1], id) or redis.call('LPOS', KEYS[2], id)
+    return redis.pcall('LPOS', KEYS[1], id) or redis.pcall('LPOS', KEYS[2], id)
   elseif status == 'started' then
     return has_lease(id, executions)
   end
-  return redis.call('ZSCORE', KEYS[4], id)
+  return redis.pcall('ZSCORE', KEYS[4], id)
 end
 
 local reply = {}
 for i = 4, #ARGV do
   local job, executions = KEYS[2 * i - 3], KEYS[2 * i - 2]
-  -- pcall: somebody's key of another type under a job's name must not hide the others
   local known = redis.pcall('HMGET', job, 'status', 'origin')
   local length = known[1] and known[2] == ARGV[1] and lengths[known[1]]
   local found = 0
