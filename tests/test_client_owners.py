@@ -20,6 +20,7 @@ from queue_api.client.reader import ResultReader
 from queue_api.client.sync_client import SyncClient
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.keys import RunKeys
+from queue_api.store.runs import run_of_call
 from queue_api.wire.errors import BatchmillError, ClientClosedError
 
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -251,7 +252,8 @@ def test_close_tells_all_who_wait(settings: QueueSettings, connection: redis.Red
     told = asyncio.run(main())
     assert [type(error) for error in told] == [ClientClosedError] * 4
     # what nobody waits for any more is taken back; what has a name goes on
-    assert sorted(rq_queue(connection).job_ids) == ["own-0", "r-0"]
+    own = run_of_call(settings.queue, "own")
+    assert sorted(rq_queue(connection).job_ids) == [f"{own}-0", "r-0"]
 
 
 def test_close_tells_the_other_threads(settings: QueueSettings, connection: redis.Redis) -> None:

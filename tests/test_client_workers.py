@@ -82,6 +82,28 @@ def test_a_call_with_an_id_is_made_once(
     asyncio.run(main())
 
 
+def test_an_id_is_no_run_and_on_another_queue_another_call(
+    settings: QueueSettings, connection: redis.Redis, start_worker: StartWorker
+) -> None:
+    start_worker("echo:tokens=1", queues="one,batchmill")
+    start_worker("echo:tokens=2", queues="two")
+
+    async def main() -> None:
+        async with (
+            Client(settings=settings, queue="one") as one,
+            Client(settings=settings, queue="two") as two,
+        ):
+            run = await one.submit(["of a run"], "same", queue="batchmill")
+            assert (await one.generate("hello", id="same")).text == "hello"
+            assert (await two.generate("a b", id="same")).text == "a b"
+            assert [r.text async for r in run.results()] == ["of"]
+            # a run may be called so, too, once the call is known
+            assert [r.text async for r in (await two.submit(["x y"], "named")).results()] == ["x y"]
+            assert (await two.generate("c d", id="named")).text == "c d"
+
+    asyncio.run(main())
+
+
 def test_an_abandoned_call_is_withdrawn(settings: QueueSettings, connection: redis.Redis) -> None:
     async def main() -> None:
         async with Client(settings=settings) as client:

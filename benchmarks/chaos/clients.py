@@ -44,14 +44,14 @@ def tell(output: TextIO, run: str, result: GenerationResult) -> None:
 async def call(part: Part, path: Path) -> None:
     """Ask for each row by `generate` with its id; what was told before isn't asked again."""
     told = {run for run, _ in read_told(path)}
-    left = iter([row for row in part.rows if row["id"] not in told])
+    left = iter([(run, row) for run, (row,) in part.runs() if run not in told])
     with path.open("a", encoding="utf-8") as output:
         async with Client(queue=part.queue) as client:
 
             async def ask() -> None:
-                for row in left:
+                for run, row in left:
                     result = await client.generate(**row)
-                    tell(output, row["id"], result)
+                    tell(output, run, result)
 
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(CALLS_AT_ONCE):

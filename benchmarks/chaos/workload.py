@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["DEMO_QUEUE", "ECHO_QUEUE", "Part", "make_parts", "run_of_call"]
+from queue_api.store.runs import run_of_call
+
+__all__ = ["DEMO_QUEUE", "ECHO_QUEUE", "Part", "make_parts"]
 
 Row = dict[str, Any]
 ECHO_QUEUE, DEMO_QUEUE = "echo", "demo"
@@ -52,7 +54,7 @@ class Part:
         """The runs that these rows are in, by name."""
         if self.client == "calls":
             for row in self.rows:
-                yield run_of_call(row), [row]
+                yield run_of_call(self.queue, row["id"]), [row]
         elif self.client == "waves":
             for start in range(0, len(self.rows), WAVE):
                 yield f"{self.name}-{start // WAVE}", self.rows[start : start + WAVE]
@@ -64,11 +66,6 @@ class Part:
         path = folder / f"{self.name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         return path
-
-
-def run_of_call(row: Row) -> str:
-    """A call with an id is a run of one, named after it."""
-    return str(row["id"])
 
 
 def make_parts(seed: int, num_requests: int, num_demo: int) -> list[Part]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -17,7 +16,7 @@ from queue_api.client.submission import Requests, Submission, as_request, finger
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.jobs import request_json, too_large
 from queue_api.store.run_store import RunStore
-from queue_api.store.runs import RunStatus, check_run_id, is_run_id
+from queue_api.store.runs import RunStatus, check_run_id, run_of_call
 from queue_api.wire.errors import ClientClosedError, DuplicateRequestError
 from queue_api.wire.sampling_fields import SamplingFields
 from queue_api.wire.schemas import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
@@ -119,8 +118,9 @@ class Client:
     ) -> GenerationResult:
         """Continue one prompt; sampling fields (`max_tokens=…`) are SamplingParams'.
 
-        With an `id` of your own the call is idempotent: it is a run of one, named after the id,
-        and a second call joins the first, in whichever process, while its result is kept. When
+        With an `id` of your own the call is idempotent: it is a run of one, named after the id
+        and the queue, and a second call joins the first, in whichever process, while its result is
+        kept; on another queue, where another model may be, the same id is another call. When
         the `timeout` (seconds) passes, or the call is cancelled, the request is too, unless it
         has an id: then it goes on, and calling again gets its result.
 
@@ -160,7 +160,7 @@ class Client:
     async def _generate_once(self, request: GenerationRequest) -> GenerationResult:
         if (error := too_large(request_json(request))) is not None:
             raise error
-        run_id = _run_of(request.id)
+        run_id = run_of_call(self.settings.queue, request.id)
         mark = fingerprint([request])
         there = await self.store.open(
             run_id, queue=self.settings.queue, chunk_size=1, fingerprint=mark
@@ -248,10 +248,3 @@ def _plain(given: object) -> object:
     if isinstance(given, ChatMessage):
         return given.model_dump()
     return dict(given) if isinstance(given, Mapping) else given
-
-
-def _run_of(request_id: str) -> str:
-    """The run of one that a request id of the caller's stands for."""
-    if is_run_id(request_id):
-        return request_id
-    return "id-" + hashlib.blake2b(request_id.encode(), digest_size=16).hexdigest()

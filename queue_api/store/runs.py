@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ __all__ = [
     "emit_args",
     "is_run_id",
     "result_args",
+    "run_of_call",
 ]
 
 UNKNOWN_TOTAL = -1
@@ -40,6 +42,15 @@ def check_run_id(run: str) -> str:
             "letter or digit"
         )
     return run
+
+
+def run_of_call(queue: str, request_id: str) -> str:
+    """The run of one that an id of the caller's stands for.
+
+    No run that somebody names himself is called so, nor the same id's on another queue.
+    """
+    named = f"{len(queue)} {queue} {request_id}".encode(errors="surrogatepass")
+    return "call-" + hashlib.blake2b(named, digest_size=16).hexdigest()
 
 
 def emit_args(
