@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from queue_api.wire.errors import ConfigurationError
+from queue_api.wire.sampling import GenerationDefaults
 
 __all__ = ["DTYPES", "EngineConfig", "PartitionStrategy", "PipelineMode", "Quantization"]
 
@@ -56,6 +57,9 @@ class EngineConfig:
     thread and keeps one micro-batch per stage in flight. `auto`: inline if all share a device."""
     num_threads: int | None = None
     """CPU threads for the whole engine; torch's own choice when None."""
+    generation_defaults: GenerationDefaults = "model"
+    """What of the model's generation config counts where a request says nothing: `model` is what
+    `generate(do_sample=False)` applies, `all` its sampling fields too, `none` nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
@@ -70,6 +74,7 @@ class EngineConfig:
             ("partition", PartitionStrategy),
             ("pipeline", PipelineMode),
             ("quantization", Quantization),
+            ("generation_defaults", GenerationDefaults),
         ):
             if (value := getattr(self, name)) not in get_args(allowed):
                 known = ", ".join(get_args(allowed))

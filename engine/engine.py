@@ -73,6 +73,7 @@ class Engine:
         self.model_name = model.name
         self.model_revision = model.revision
         self.tokenizer = model.tokenizer
+        self._defaults = model.defaults
         self.stages = model.stages
         slots = num_cache_slots(config, model.stages, model.max_model_len)
         self.max_model_len = min(model.max_model_len, slots)
@@ -150,7 +151,9 @@ class Engine:
         if logprobs != (None, None) or sampling.n > 1:
             generated = ()  # their logits are gone; the same tokens are drawn again, with them
         seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
-        change = LogitsChange.of(sampling, self.tokenizer)
+        applied = self._defaults.applied(sampling, prompt)
+        sampling = applied.sampling
+        change = LogitsChange.of(sampling, self.tokenizer, applied.processors)
         if sampling.structured_outputs is not None:
             self._grammars.order(sampling.structured_outputs)
         keys = [key] if sampling.n == 1 else self._samples.open(key, sampling.n)
@@ -166,6 +169,7 @@ class Engine:
                 added_at=time.perf_counter(),
                 num_stages=len(self.stages),
                 change=change,
+                applied_defaults=applied.names,
             )
             self._num_added += 1
             self._queue(sequence)

@@ -12,6 +12,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.models.checkpoint import Checkpoint
+from engine.models.generation_config import ModelGeneration
 from engine.models.slicing import load_config, resolve_dtype
 from engine.models.tokenizer import Tokenizer
 from engine.plan import PartitionPlan
@@ -19,6 +20,7 @@ from engine.planning.costs import CostModel, plan_model
 from engine.planning.memory import fitting_slots
 from engine.planning.partition import plan_partition
 from engine.planning.sizes import ModelSizes
+from engine.sampling.model_defaults import ModelDefaults
 from engine.stages.loading import load_stage
 from engine.stages.pipeline import InlinePipeline, Pipeline, ThreadedPipeline
 from engine.stages.stage import Stage
@@ -46,6 +48,8 @@ class LoadedModel:
     revision: str | None
     """Names the weights: a generation begun with one revision isn't resumed with another."""
     tokenizer: Tokenizer
+    defaults: ModelDefaults
+    """What its generation config asks for where a request doesn't."""
     stages: Sequence[Stage]
     max_model_len: int
 
@@ -66,7 +70,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     dtype = resolve_dtype(config.dtype, model_config, config.devices)
     limit = length_limit(config, model_config.get_text_config())
     plan = _plan(checkpoint, model_config, dtype, config, limit)
-    tokenizer = Tokenizer.load(checkpoint, model_config, trust_remote_code=trust)
+    generation = ModelGeneration.load(checkpoint)
+    tokenizer = Tokenizer.load(checkpoint, model_config, generation, trust_remote_code=trust)
+    defaults = ModelDefaults(
+        generation,
+        eos_token_ids=tokenizer.eos_token_ids,
+        vocab_size=tokenizer.vocab_size,
+        mode=config.generation_defaults,
+        device=config.devices[-1],
+    )
     stages = _load_stages(checkpoint, model_config, plan, dtype, config)
     revision = weight_format(config.quantization).revision(checkpoint.revision)
     logger.info(
@@ -74,7 +86,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         *(checkpoint.name, revision, time.perf_counter() - started),
         *(plan, dtype, "/".join(stage.mode for stage in stages)),
     )
-    return LoadedModel(checkpoint.name, revision, tokenizer, stages, limit)
+    return LoadedModel(checkpoint.name, revision, tokenizer, defaults, stages, limit)
 
 
 def _plan(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kits.engine_models import CONFIGS, TinyModel, load_reference, make_model
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +21,7 @@ from transformers.generation import StopStringCriteria
 from engine.models.tokenizer import Tokenizer
 from engine.requests.detokenizer import Detokenizer
 from engine.requests.stop_strings import StopSearch
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 BLANK = "\u2581"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -348,3 +354,53 @@ def test_min_tokens_passes_over_what_ends_before(text: str, cuts: list[int], lea
     )
     if REPLACEMENT not in "".join(shown) and "<" not in text:
         assert count == next(ends, None)
+
+
+# ----------------------------------------------------------------------------------------- engine
+
+
+@functools.cache
+def _model(kind: str) -> TinyModel:
+    """A tiny Llama with this kind of tokenizer."""
+    folder = Path(tempfile.mkdtemp(prefix="batchmill-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = CONFIGS["llama"]()
+    config.vocab_size = len(KINDS[kind]())
+    make_model(config, folder)
+    KINDS[kind]().save_pretrained(folder)
+    return TinyModel(folder, load_reference(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=8)
+@given(data=st.data())
+def test_texts_end_where_generate_ends_them_in_any_batch(kind: str, data: st.DataObject) -> None:
+    """With stop_strings, also behind an earlier run's tokens."""
+    model, plain = _model(kind), KINDS[kind]()
+    prompts = [tokens_of(kind, text) for text in ("def f(x):\n", "0123", "日本 the", "a</s>b")]
+    wanted, engine = {}, model.engine(devices=("cpu", "cpu"), max_num_seqs=3, max_batch_tokens=9)
+    for number, prompt in enumerate(prompts):
+        whole = model.greedy(prompt)
+        pieces = [p for t in whole if REPLACEMENT not in (p := plain.decode([t])) and p.strip()]
+        stop = data.draw(st.lists(st.sampled_from(["never", *pieces]), min_size=1, max_size=3))
+        ids = torch.tensor([prompt])
+        new = model.reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            stop_strings=stop,
+            tokenizer=plain,
+        )[0, len(prompt) :].tolist()
+        wanted[str(number)] = new
+        begun = new[: data.draw(st.integers(0, len(new) - 1))]
+        params = SamplingParams(max_tokens=24, stop=stop)
+        request = GenerationRequest(id=str(number), prompt=prompt, sampling=params)
+        engine.add(str(number), request, generated=begun)
+    done = {}
+    while engine.has_unfinished():
+        done.update((completion.key, completion) for completion in engine.step())
+    assert {key: completion.token_ids for key, completion in done.items()} == wanted
+    for key, completion in done.items():
+        text = added_text(plain, prompts[int(key)], completion.token_ids)
+        assert text is None or text.startswith(completion.text)

@@ -9,6 +9,7 @@ from pydantic_settings import NoDecode
 
 from engine.config import PartitionStrategy, Quantization
 from queue_api.connection.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
+from queue_api.wire.sampling import GenerationDefaults
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
 
@@ -53,6 +54,9 @@ class WorkerSettings(EnvironmentSettings):
     """Compute a prefix that sequences share once."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads of the engine."""
+    generation_defaults: GenerationDefaults = "model"
+    """What of the model's generation config counts where a request says nothing: `model` is what
+    `generate(do_sample=False)` applies, `all` its sampling fields too, `none` nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

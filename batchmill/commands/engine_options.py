@@ -82,6 +82,14 @@ _ENGINE: dict[str, Any] = {
         int | None,
         typer.Option("--threads", help="CPU threads of each engine.", show_default=False),
     ],
+    "generation_defaults": Annotated[
+        str | None,
+        typer.Option(
+            help="What of the model's generation config counts where a request says nothing: "
+            "model, what generate(do_sample=False) applies; all, its sampling too; none (model).",
+            show_default=False,
+        ),
+    ],
     "trust_remote_code": Annotated[
         bool | None,
         typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from engine.models.checkpoint import Checkpoint
+from engine.models.generation_config import ModelGeneration, end_of_text_ids
 from queue_api.wire.errors import (
     InvalidRequestError,
     UnsupportedModelError,
@@ -36,11 +37,16 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        config: Any,
+        generation: ModelGeneration,
+        *,
+        trust_remote_code: bool = False,
     ) -> Tokenizer:
         """Read the tokenizer's files.
 
-        :raises UnsupportedModelError: if they can't be read
+        :raises UnsupportedModelError: if they can't be read, or end-of-text tokens aren't ids
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -49,17 +55,23 @@ class Tokenizer:
         except (ValueError, KeyError, OSError, ImportError) as error:
             raise UnsupportedModelError(f"{checkpoint.name}: tokenizer: {error}") from error
         text_config = config.get_text_config()
-        eos = None
-        if (checkpoint.folder / "generation_config.json").exists():
-            eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-        for source in (text_config, tokenizer):
-            eos = eos if eos is not None else getattr(source, "eos_token_id", None)
-        if eos is None:
+        sources = {
+            generation.source: generation.config,
+            "config.json": text_config,
+            "tokenizer_config.json": tokenizer,
+        }
+        ids: frozenset[int] = frozenset()
+        for source, holder in sources.items():
+            named = end_of_text_ids(
+                getattr(holder, "eos_token_id", None), str(checkpoint.folder / source)
+            )
+            ids = ids or named
+        if not ids:
             logger.warning(
                 "%s names no end-of-text token: texts end at max_tokens", checkpoint.name
             )
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        return cls(tokenizer, frozenset(ids), text_config.vocab_size)
+        _compare_ends(checkpoint.name, tokenizer, ids)
+        return cls(tokenizer, ids, text_config.vocab_size)
 
     def encode(self, request: GenerationRequest) -> list[int]:
         """The prompt's token ids.
@@ -175,6 +187,23 @@ class Tokenizer:
             raise UnsupportedRequestError(
                 f"'structured_outputs': xgrammar can't use this model's tokenizer: {error}"
             ) from error
+
+
+def _compare_ends(name: str, tokenizer: Any, ids: frozenset[int]) -> None:
+    """Warn of a model whose tokenizer ends texts otherwise than its generation config.
+
+    Such as one that was trained on with another end-of-turn: its texts go on to max_tokens.
+    """
+    own = tokenizer.eos_token_id
+    if not ids or own is None or own in ids:
+        return
+    ending = ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in sorted(ids))
+    logger.warning(
+        "%s: texts end with %s, as its config says, but the tokenizer's end-of-text is %r (%d); "
+        "if texts go on for too long, give that as 'stop_token_ids', or name it in "
+        "generation_config.json",
+        *(name, ending, tokenizer.eos_token, own),
+    )
 
 
 def _special_texts(tokenizer: Any) -> dict[int, str]:

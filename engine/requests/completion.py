@@ -31,6 +31,8 @@ class Completion:
     """One for each of `token_ids`, if the request asked for them."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One for each token of the prompt, None the first, if the request asked for them."""
+    applied_defaults: tuple[str, ...] = ()
+    """The fields of the model's generation config that had a part in it."""
     structured_output: StructuredOutputStatus | None = None
     """Whether `text` matches the request's grammar, if it asks for structured output."""
     stage_s: list[float] = field(default_factory=list)

@@ -92,6 +92,7 @@ def _completion(
         error=error,
         logprobs=None if logprobs is None else described(logprobs, tokenizer),
         prompt_logprobs=_described_prompt(sequence, tokenizer),
+        applied_defaults=sequence.applied_defaults,
         structured_output=grammar.status(words) if grammar and error is None else None,
         added_at=sequence.added_at,
         admitted_at=sequence.admitted_at,

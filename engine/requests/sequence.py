@@ -58,6 +58,8 @@ class Sequence:
     first_token_at: float | None = None
     change: LogitsChange | None = None
     """What the request does to its logits; None if nothing."""
+    applied_defaults: tuple[str, ...] = ()
+    """The fields of the model's generation config that have a part in it."""
     grammar: GrammarState | None = None
     """Set before admission if the request asks for structured output."""
     stops: StopSearch | None = None
@@ -130,6 +132,7 @@ class Sequence:
         added_at: float,
         num_stages: int,
         change: LogitsChange | None = None,
+        applied_defaults: tuple[str, ...] = (),
     ) -> Sequence:
         token_ids = np.zeros(len(prompt) + sampling.max_tokens, dtype=np.int64)
         num_tokens = len(prompt) + len(generated)
@@ -148,6 +151,7 @@ class Sequence:
             stage_s,
             sample=sample,
             change=change,
+            applied_defaults=applied_defaults,
             logprobs=None if sampling.logprobs is None else [],
             # all samples have the same prompt
             prompt_logprobs=None if sampling.prompt_logprobs is None or sample else [],

@@ -1,9 +1,9 @@
 """What a request's sampling fields do to its logits before a token is chosen.
 
-The order and the meaning are vLLM's: bad words, biases, endings that come too early, then the
-penalties for repetition, frequency and presence; last, what the grammar doesn't allow goes out.
-All is computed from the tokens there are, so a resumed sequence is treated as one that was
-never interrupted.
+The order and the meaning are vLLM's: bad words, biases, endings that come too early, then what
+the model's generation config asks for, then the penalties for repetition, frequency and presence;
+last, what the grammar doesn't allow goes out. All is computed from the tokens there are, so a
+resumed sequence is treated as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from engine.models.tokenizer import Tokenizer
+from engine.sampling.model_defaults import Processor
 from engine.sampling.structured import GrammarState
 from engine.transfer import moved
 from queue_api.wire.errors import InvalidRequestError
@@ -36,10 +37,17 @@ class LogitsChange:
     """Token sequences whose last token is forbidden behind the others."""
     ending_ids: tuple[int, ...]
     """Forbidden as long as there are fewer than min_tokens new tokens."""
+    processors: tuple[Processor, ...] = ()
+    """The model's own."""
 
     @classmethod
-    def of(cls, sampling: SamplingParams, tokenizer: Tokenizer) -> LogitsChange | None:
-        """None if the request leaves its logits as they are.
+    def of(
+        cls,
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        processors: tuple[Processor, ...] = (),
+    ) -> LogitsChange | None:
+        """None if the logits stay as they are.
 
         :raises InvalidRequestError: a biased token id that the model doesn't have, or a bad word
             that can't be tokenized
@@ -59,11 +67,11 @@ class LogitsChange:
         bad_words = tuple(word for word in words if max(word) < size)
         penalties = (sampling.presence_penalty, sampling.frequency_penalty)
         if (
-            not (endings or bad_words or sampling.logit_bias or any(penalties))
+            not (endings or bad_words or sampling.logit_bias or any(penalties) or processors)
             and sampling.repetition_penalty == 1.0
         ):
             return None
-        return cls(sampling, bad_words, endings)
+        return cls(sampling, bad_words, endings, processors)
 
     def apply(
         self, scores: torch.Tensor, token_ids: npt.NDArray[np.int64], num_prompt: int
@@ -82,6 +90,11 @@ class LogitsChange:
             scores[ids] += moved(torch.tensor(list(bias.values())), scores.device)
         if len(new) < self.sampling.min_tokens and self.ending_ids:
             scores[moved(torch.tensor(self.ending_ids), scores.device)] = _NEVER
+        if self.processors:
+            ids, changed = _on(scores, token_ids)[None], scores[None]  # [1, L], [1, V]
+            for processor in self.processors:
+                changed = processor(ids, changed)
+            scores.copy_(changed[0])
         self._penalize(scores, token_ids, new)
 
     def _penalize(

@@ -41,6 +41,7 @@ OUTPUT_COLUMNS = (
     "prompt_logprobs",
     "outputs",
     "structured_output",
+    "applied_defaults",
     "finish_reason",
     "usage",
     "timings",
@@ -166,6 +167,8 @@ def output_row(columns: Mapping[str, Any], result: GenerationResult) -> dict[str
         ]
     if result.structured_output is not None:
         row["structured_output"] = result.structured_output.value
+    if result.applied_defaults is not None:
+        row["applied_defaults"] = result.applied_defaults
     row["finish_reason"] = result.finish_reason.value
     row["usage"] = {
         "prompt_tokens": result.prompt_tokens,

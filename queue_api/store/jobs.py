@@ -131,8 +131,8 @@ def too_large(as_json: bytes) -> RequestTooLargeError | None:
 
 def request_json(request: GenerationRequest) -> bytes:
     """A request as it stands in a job and in fingerprints."""
-    # model_dump_json is this, decoded
-    return GenerationRequest.__pydantic_serializer__.to_json(request, exclude_defaults=True)
+    # model_dump_json is this, decoded; what was given counts, even if it is our default
+    return GenerationRequest.__pydantic_serializer__.to_json(request, exclude_unset=True)
 
 
 def decode_chunk(job_id: str, data: bytes) -> Chunk:

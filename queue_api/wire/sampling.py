@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from queue_api.wire.structured_outputs import StructuredOutputs, from_response_f
 __all__ = [
     "SAMPLING_FIELDS",
     "WIRE",
+    "GenerationDefaults",
     "SamplingParams",
     "SharedSamplingParams",
     "TokenId",
@@ -44,6 +45,8 @@ def _as_texts(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+GenerationDefaults = Literal["model", "all", "none"]
+"""What of a model's generation config counts where a request says nothing."""
 WIRE = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _TokenKey = Annotated[int, Field(ge=0, lt=2**31)]  # a JSON key is a string
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -112,6 +115,10 @@ class SamplingParams(BaseModel):
     """The same for each token of the prompt but the first."""
     structured_outputs: StructuredOutputs | None = None
     """Structured output: a schema, pattern or grammar that the text must match."""
+    generation_defaults: GenerationDefaults | None = None
+    """What of the model's generation config counts for the fields that aren't given: `model`, what
+    `generate(do_sample=False)` applies; `all`, its sampling fields too; `none`. Unset, the
+    worker's setting."""
 
     def __eq__(self, other: object) -> bool:
         # pydantic's, which whoever leaves out defaults calls for each request, takes much longer

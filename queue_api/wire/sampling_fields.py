@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from queue_api.wire.sampling import GenerationDefaults
 from queue_api.wire.structured_outputs import StructuredOutputs
 
 __all__ = ["SamplingFields"]
@@ -37,6 +38,7 @@ class SamplingFields(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None
+    generation_defaults: GenerationDefaults | None
     max_new_tokens: int
     stop_strings: str | Sequence[str]
     num_return_sequences: int

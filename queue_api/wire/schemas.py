@@ -258,6 +258,8 @@ class GenerationResult(BaseModel):
     """All samples, if `n` asked for several; `text` and the like are the first's then."""
     structured_output: StructuredOutputStatus | None = None
     """Whether the text matches what `structured_outputs` asked for, if anything."""
+    applied_defaults: list[str] | None = None
+    """The fields of the model's generation config that had a part in the text, if any had."""
     finish_reason: FinishReason
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -54,7 +54,7 @@ class ActiveRequest:
         """The request as it stands in a job."""
         if self.request is None:
             return self.item
-        return self.request.model_dump(mode="json", exclude_defaults=True)
+        return self.request.model_dump(mode="json", exclude_unset=True)
 
     @property
     def id(self) -> str:

@@ -51,6 +51,7 @@ class EchoCompletion:
     structured_output: StructuredOutputStatus | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     samples: Sequence[EchoCompletion] = ()
+    applied_defaults: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

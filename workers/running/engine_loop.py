@@ -53,6 +53,7 @@ class Completion(Protocol):
     stage_s: list[float]
     structured_output: StructuredOutputStatus | None
     prompt_logprobs: list[TokenLogprobs | None] | None
+    applied_defaults: tuple[str, ...]
 
     @property
     def samples(self) -> Sequence[Completion]:
@@ -112,6 +113,7 @@ class Refusal:
     stage_s: list[float] = field(default_factory=list)
     structured_output: StructuredOutputStatus | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    applied_defaults: tuple[str, ...] = ()
     samples: Sequence[Completion] = ()
 
 

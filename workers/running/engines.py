@@ -43,6 +43,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         max_model_len=settings.max_model_len,
         prefix_caching=settings.prefix_caching,
         num_threads=settings.num_threads,
+        generation_defaults=settings.generation_defaults,
         trust_remote_code=settings.trust_remote_code,
     )
 

@@ -93,6 +93,8 @@ class Outcome:
             fields["prompt_logprobs"] = completion.prompt_logprobs
         if completion.structured_output is not None:
             fields["structured_output"] = completion.structured_output
+        if completion.applied_defaults:
+            fields["applied_defaults"] = list(completion.applied_defaults)
         if completion.samples:
             fields["outputs"] = _outputs(completion, with_tokens=with_tokens)
         if self.error is not None:
