@@ -62,10 +62,12 @@ class Interactive:
         """Enqueue the request and wait for its result.
 
         :raises ClientClosedError: closed, now or while it waits
+        :raises InvalidRequestError: it can't be written as JSON
         :raises RequestTooLargeError: no job could hold it
         """
         if self._closed:
             raise ClientClosedError("the client is closed; make another one")
+        # now, and not among the calls that it would share a round trip with
         as_json = request_json(request)
         if (error := too_large(as_json)) is not None:
             raise error

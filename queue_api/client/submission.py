@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from queue_api.client.chunk_writer import ChunkWriter
@@ -20,9 +20,11 @@ __all__ = [
     "Requests",
     "Submission",
     "as_request",
+    "default_id",
     "fingerprint",
     "request_id",
     "several",
+    "with_defaults",
 ]
 
 RequestLike = GenerationRequest | Mapping[str, Any] | str | GenerationResult
@@ -51,15 +53,47 @@ def as_request(
     if not isinstance(given, Mapping):
         raise InvalidRequestError(f"a request is an object or a text, not {given!r:.60}")
     fields: dict[str, object] = {"id": str(index), **given}
-    if defaults is not None and "sampling" not in fields:
-        fields = {**defaults.model_dump(exclude_unset=True), **own_names(fields)}
+    if defaults is not None:
+        fields = with_defaults(fields, defaults)
     return request_from_fields(fields)
+
+
+def with_defaults(fields: Mapping[str, object], defaults: SamplingParams) -> dict[str, object]:
+    """These fields and the defaults for what they leave out, in a `sampling` of theirs, too."""
+    given = defaults.model_dump(exclude_unset=True)
+    nested = fields.get("sampling")
+    if nested is None:
+        return {**given, **own_names(fields)}
+    if isinstance(nested, Mapping):
+        return {**fields, "sampling": {**given, **own_names(nested)}}
+    if isinstance(nested, SamplingParams):
+        own = nested.model_dump(exclude_unset=True)
+        return {**fields, "sampling": {**given, **own}}
+    return dict(fields)  # its type is wrong, which is told by its name
 
 
 def request_id(given: object, index: int) -> str:
     """The id of a request that may be wrong in every way; its index if it has no good one."""
     known = given.get("id") if isinstance(given, Mapping) else getattr(given, "id", None)
-    return known if isinstance(known, str) and 0 < len(known) <= MAX_ID_CHARS else str(index)
+    if not isinstance(known, str) or not 0 < len(known) <= MAX_ID_CHARS:
+        return str(index)
+    return known.encode(errors="backslashreplace").decode()[:MAX_ID_CHARS]
+
+
+def default_id(index: int, taken: Container[str]) -> str:
+    """The id of a request without one: its index, or one made of it if another has that id."""
+    found = str(index)
+    while found in taken:
+        found = f"row-{found}"
+    return found
+
+
+def _has_id(given: object) -> bool:
+    return not isinstance(given, Mapping | str) or (isinstance(given, Mapping) and "id" in given)
+
+
+def _renamed(request: GenerationRequest, name: str) -> GenerationRequest:
+    return request if request.id == name else request.model_copy(update={"id": name})
 
 
 def fingerprint(items: Sequence[Item]) -> str:
@@ -71,9 +105,13 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 def _item_json(item: Item) -> bytes:
+    """:raises InvalidRequestError: it can't be written as JSON"""
     if isinstance(item, GenerationRequest):
         return request_json(item)
-    return item.model_dump_json(exclude_defaults=True).encode()
+    try:
+        return item.model_dump_json(exclude_defaults=True).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"can't be written as JSON: {str(error)[:80]}") from None
 
 
 def several(requests: Iterable[RequestLike]) -> Iterable[RequestLike]:
@@ -160,9 +198,8 @@ class Submission:
         index = len(self.ids)
         if self._known_total is not None and index >= self._known_total:
             raise self._other_content()
-        item = self._check(given, index)
+        item, as_json = self._check(given, index)
         self.ids.append(item.id)
-        as_json = _item_json(item)
         self._content.update(as_json + b"\n")
         if self._writer is not None:
             return self._put(self._writer, index, item, as_json)
@@ -180,20 +217,29 @@ class Submission:
         else:
             await self._writer.flush()
 
-    def _check(self, given: object, index: int) -> Item:
-        if isinstance(given, GenerationResult):
-            return given.model_copy(update={"run": self.run_id, "index": index})
+    def _check(self, given: object, index: int) -> tuple[Item, bytes]:
+        """The request, or the result that it has already, and either as JSON."""
         try:
+            if isinstance(given, GenerationResult):
+                ended = given.model_copy(update={"run": self.run_id, "index": index})
+                return ended, _item_json(ended)
             request = as_request(given, index, self._defaults)
-            if (first := self._places.setdefault(request.id, index)) != index:
-                raise DuplicateRequestError(
-                    f"request {index} has the id {request.id!r} of request {first}; ids are "
-                    "unique within a run"
-                )
-            return request
+            if not _has_id(given):
+                request = _renamed(request, default_id(index, self._places))
+            as_json = request_json(request)
+            self._claim_id(request.id, index)
+            return request, as_json
         except RequestError as error:
-            return GenerationResult.failed(
+            failed = GenerationResult.failed(
                 request_id(given, index), error, run=self.run_id, index=index
+            )
+            return failed, _item_json(failed)
+
+    def _claim_id(self, request_id: str, index: int) -> None:
+        if (first := self._places.setdefault(request_id, index)) != index:
+            raise DuplicateRequestError(
+                f"request {index} has the id {request_id!r} of request {first}; ids are "
+                "unique within a run"
             )
 
     async def _open(self) -> ChunkWriter:

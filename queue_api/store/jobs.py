@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from rq import Queue
 from rq.job import Job
 
@@ -130,9 +131,33 @@ def too_large(as_json: bytes) -> RequestTooLargeError | None:
 
 
 def request_json(request: GenerationRequest) -> bytes:
-    """A request as it stands in a job and in fingerprints."""
-    # model_dump_json is this, decoded; what was given counts, even if it is our default
-    return GenerationRequest.__pydantic_serializer__.to_json(request, exclude_unset=True)
+    """A request as it stands in a job and in fingerprints.
+
+    Whoever takes a request in calls this at once: what can't travel is that request's fault alone,
+    and mustn't show when it is already among others.
+
+    :raises InvalidRequestError: it can't be written as JSON; half a surrogate pair, say
+    """
+    try:
+        # model_dump_json is this, decoded; what was given counts, even if it is our default
+        return GenerationRequest.__pydantic_serializer__.to_json(request, exclude_unset=True)
+    except (ValueError, RecursionError) as error:
+        raise _unwritable(request, error) from None
+
+
+def _unwritable(request: GenerationRequest, error: Exception) -> InvalidRequestError:
+    """Which field of the request can't be written as JSON, and why."""
+    reason = str(error).removeprefix("Error serializing to JSON: ")[:80]
+    field = "the request"
+    for name in GenerationRequest.model_fields:
+        try:
+            to_json(getattr(request, name, None))
+        except (ValueError, RecursionError):
+            field = f"'{name}'"
+            break
+    if "utf-8" in reason or "surrogates" in reason:
+        reason = "half a surrogate pair, as in a text that was cut within an emoji"
+    return InvalidRequestError(f"{field} can't be written as JSON: {reason}")
 
 
 def decode_chunk(job_id: str, data: bytes) -> Chunk:

@@ -7,10 +7,11 @@ torch, so the engine may use it as well as the client.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from enum import StrEnum
 from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
@@ -47,6 +48,10 @@ MAX_ID_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_PROMPT_CHARS = 4 * 2**20
 MAX_METADATA_BYTES = 256 * 2**10
+MAX_METADATA_DEPTH = 150
+"""pydantic reads JSON of up to 200 levels, those around the metadata among them."""
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+"""Texts, so that brackets in them don't count, and brackets."""
 MAX_DIGITS = sys.int_info.default_max_str_digits
 """Of an integer that Python reads as JSON."""
 
@@ -90,6 +95,24 @@ class ChatMessage(BaseModel):
     content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
 
 
+def _check_readable(metadata: bytes) -> None:
+    """:raises ValueError: whoever reads the result couldn't read this in it, or not as it was"""
+    brackets = metadata.count(b"[") + metadata.count(b"{")
+    if brackets > MAX_METADATA_DEPTH:
+        depth = deepest = 0
+        for token in _BRACKETS.findall(metadata):
+            depth += (token in b"[{") - (token in b"]}")
+            deepest = max(deepest, depth)
+        if deepest > MAX_METADATA_DEPTH:
+            raise ValueError(f"is nested deeper than {MAX_METADATA_DEPTH} levels")
+    if b"NaN" in metadata or b"Infinity" in metadata:
+        json.loads(metadata, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"can't be written as JSON ({name} isn't a number that JSON knows)")
+
+
 class GenerationRequest(BaseModel):
     """One prompt, as text, token ids or chat messages, and how to continue it."""
 
@@ -118,7 +141,7 @@ class GenerationRequest(BaseModel):
     @field_validator("metadata")
     @classmethod
     def _can_come_back(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        """What can't be written into the result is refused here, not found out afterwards."""
+        """What can't come back in the result is refused here, not found out afterwards."""
         try:
             as_json = to_json(metadata) if metadata else b""
         except ValueError as error:
@@ -135,6 +158,7 @@ class GenerationRequest(BaseModel):
                 raise ValueError(
                     f"can't be written as JSON (an integer of more than {MAX_DIGITS} digits)"
                 ) from None
+        _check_readable(as_json)
         return metadata
 
     @model_validator(mode="after")
