@@ -77,7 +77,7 @@ def test_a_run_in_pieces(
         assert len(output.read_text().splitlines()) == 6
     assert [rows[i]["text"] for i in range(5)] == [f"answer to p{i}" for i in range(5)]
     assert [rows[i]["note"] for i in range(5)] == [f"n{i}" for i in range(5)]
-    assert "line 6: not JSON" in rows["5"]["error"]["message"]
+    assert "line 6: not JSON" in rows["5"]["error"]
 
     status = batchmill("status", run, "--json", environment=environment)
     told = json.loads(status.stdout)

@@ -47,7 +47,7 @@ def check_output(path: Path, num_rows: int = NUM_ROWS) -> None:
     for row in rows:
         assert row["row"] == row["id"] == row["note"][0]
         if row["id"] == 7:
-            assert row["error"]["message"] == "line 8: 'prompt' is empty"
+            assert row["error"] == "line 8: 'prompt' is empty"
         else:
             assert row["text"] == f"answer to p{row['id']}"
 

@@ -124,7 +124,7 @@ def test_a_wrong_row_says_what_is_wrong_and_the_next_is_fine(
     failed = GenerationResult.failed(wrong.id, wrong.request, index=0)
     # it can travel and be written
     again = GenerationResult.model_validate_json(failed.model_dump_json())
-    assert json.loads(dump_row(output_row(wrong.columns, again)))["error"]["message"]
+    assert json.loads(dump_row(output_row(wrong.columns, again)))["error"]
 
 
 def test_an_id_used_twice_names_the_first() -> None:

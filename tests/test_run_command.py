@@ -98,10 +98,10 @@ def test_run_answers_every_row_and_leaves_nothing_running(batchmill, tmp_path):
     assert written[1]["id"] == 7
     assert len(written[0]["timings"]["stage_s"]) == 2
     assert [written[i]["finish_reason"] == "error" for i in range(6)] == [False] * 2 + [True] * 4
-    assert written[4]["error"]["code"] == "max_tokens_too_large"
-    assert "'prompt'" in written[2]["error"]["message"]
-    assert "'max_tokens' is 0" in written[3]["error"]["message"]
-    assert written[5]["error"]["message"].startswith("line 6")
+    assert written[4]["error_code"] == "max_tokens_too_large"
+    assert "'prompt'" in written[2]["error"]
+    assert "'max_tokens' is 0" in written[3]["error"]
+    assert written[5]["error"].startswith("line 6")
     with pytest.raises(ProcessLookupError):
         os.kill(int(written[0]["worker"].split("-")[-2]), 0)
 
@@ -268,12 +268,12 @@ def test_samples_come_back_in_their_row(batchmill, tmp_path):
     options = ["--model", DEMO_MODEL_PATH, "--max-tokens", 8]
     _, _, errors = batchmill("run", "in.jsonl", "-o", "out.jsonl", *options).end()
     sampled, greedy = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
-    assert sampled["error"] is None, errors
+    assert sampled["error"] == "", errors
     outputs = sampled["outputs"]
     assert [output["index"] for output in outputs] == [0, 1, 2]
     assert outputs[0]["text"] == sampled["text"]
     assert len({output["text"] for output in outputs}) == 3
-    assert "'n' is 2" in greedy["error"]["message"]
+    assert "'n' is 2" in greedy["error"]
     assert "outputs" not in greedy
 
 
@@ -290,13 +290,13 @@ def test_given_forms_and_prompt_logprobs_come_back_in_their_rows(batchmill, tmp_
     options = ["--model", DEMO_MODEL_PATH, "--max-tokens", 8]
     _, _, errors = batchmill("run", "in.jsonl", "-o", "out.jsonl", *options).end()
     done = sorted(read_rows(tmp_path / "out.jsonl"), key=lambda row: row["row"])
-    assert done[0]["error"] is None, errors
+    assert done[0]["error"] == "", errors
     assert re.fullmatch("[ab]{4}", done[0]["text"])
     judged = [row.get("structured_output") for row in done]
     assert judged == ["valid", "truncated", None, None, None]
-    assert "parenthesis" in done[2]["error"]["message"]
-    assert "exactly one" in done[3]["error"]["message"]
-    assert done[4]["error"] is None
+    assert "parenthesis" in done[2]["error"]
+    assert "exactly one" in done[3]["error"]
+    assert done[4]["error"] == ""
     first, *others = done[4]["prompt_logprobs"]
     assert first is None
     assert len(others) + 1 == done[4]["usage"]["prompt_tokens"]

@@ -16,6 +16,7 @@ from rq.worker.base import BaseWorker, WorkerStatus
 from queue_api.connection.connect import check_server, connect
 from queue_api.connection.failures import REDIS_ERRORS, friendly
 from queue_api.store.jobs import GenerateJob, GenerateQueue
+from queue_api.store.keys import MODEL_FIELD
 from workers.maintenance import Maintenance
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.process_identity import own_identity
@@ -70,8 +71,9 @@ class BatchWorker(BaseWorker):
         return connection
 
     def serialize(self) -> dict[str, Any]:
-        """What RQ's tools read, and what tells a successor that this process is gone."""
+        """What RQ's tools read; what tells a successor that this process is gone; and the model."""
         fields: dict[str, Any] = super().serialize()
+        fields[MODEL_FIELD] = f"{self._engine.model_name}\n{self._engine.model_revision or ''}"
         identity = own_identity()
         return fields if identity is None else {**fields, PROCESS: identity}
 

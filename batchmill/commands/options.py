@@ -1,7 +1,8 @@
 """What all of batchmill's commands share: options, exit codes, signals, errors in one line.
 
 Exit codes: 0 done, 1 a fault of ours or the engine's, 2 usage, settings, files or Redis,
-3 incomplete, 130 and 143 interrupted and terminated, 141 whoever read our output went away.
+3 incomplete, 4 too many rows have errors, 130 and 143 interrupted and terminated, 141 whoever
+read our output went away.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import EnvironmentSettings, QueueSettings
+from queue_api.datasets.columns import check_fields
 from queue_api.wire.errors import (
     BatchmillError,
     ConfigurationError,
@@ -29,19 +31,24 @@ from queue_api.wire.errors import (
     QueueFullError,
     RedisAccessError,
     RequestError,
+    RowsFailedError,
     RunIncompleteError,
     RunNotFoundError,
 )
+from queue_api.wire.plain_text import PlainTextFormatter, on_one_line
 from queue_api.wire.schemas import SamplingParams, describe
 
 __all__ = [
     "ChunkSize",
+    "Fields",
     "QueueName",
     "RedisUrl",
+    "RowSampling",
     "RunArgument",
     "RunId",
     "Stopped",
     "exit_code_of",
+    "fields_of",
     "open_client",
     "option_group",
     "run_app",
@@ -81,6 +88,23 @@ ChunkSize = Annotated[
         max=1024,
         help="Requests to an RQ job. Default: $BATCHMILL_CHUNK_SIZE or 32.",
         show_default=False,
+    ),
+]
+
+Fields = Annotated[
+    str | None,
+    typer.Option(
+        "--fields",
+        help="Columns to read as fields of their requests besides id, prompt and messages, such as "
+        "max_tokens,seed; others come back untouched. Default: all with the name of a field.",
+        show_default=False,
+    ),
+]
+RowSampling = Annotated[
+    bool,
+    typer.Option(
+        "--row-sampling/--no-row-sampling",
+        help="Whether columns with the name of a field are read as such.",
     ),
 ]
 
@@ -175,9 +199,21 @@ sampling_options = option_group("sampling", _SAMPLING, _sampling_of)
 """Give a command options of sampling fields; it gets them as one `sampling` parameter."""
 
 
+def fields_of(given: str | None, *, row_sampling: bool) -> frozenset[str] | None:
+    """The columns that --fields and --no-row-sampling leave to be read; None for all.
+
+    :raises ConfigurationError: both, or a field that no request has
+    """
+    if given is None:
+        return None if row_sampling else check_fields(())
+    if not row_sampling:
+        raise ConfigurationError("give --fields or --no-row-sampling, not both")
+    return check_fields([name.strip() for name in given.split(",") if name.strip()])
+
+
 def tell(message: str) -> None:
     """Say something on stderr: stdout is for data."""
-    typer.echo(f"batchmill: {message}", err=True)
+    typer.echo(f"batchmill: {on_one_line(message)}", err=True)
 
 
 def open_client(redis_url: str | None, queue: str | None = None) -> Client:
@@ -233,6 +269,8 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, RunIncompleteError | QueueFullError | GenerationFailedError):
         return 3
+    if isinstance(error, RowsFailedError):
+        return 4
     if isinstance(error, _USAGE):
         return 2
     return 1
@@ -244,11 +282,9 @@ def run_app(app: typer.Typer) -> NoReturn:
     Errors of ours are one line on stderr; a traceback is a bug.
     """
     try:
-        logging.basicConfig(
-            level=EnvironmentSettings.load().log_level.upper(),
-            format="%(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PlainTextFormatter("%(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=EnvironmentSettings.load().log_level.upper(), handlers=[handler])
         app(prog_name="batchmill")
     except BatchmillError as error:
         tell(str(error))

@@ -11,6 +11,7 @@ from batchmill.commands.options import RedisUrl, RunArgument, open_client, run_a
 from batchmill.commands.status import total_of
 from queue_api.client.run import Run
 from queue_api.datasets.columns import dump_row, output_row
+from queue_api.datasets.fingerprint import result_fingerprint
 from queue_api.datasets.formats.jsonl import RowWriter
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import DatasetError, RunIncompleteError
@@ -36,12 +37,14 @@ def results(
     async def work() -> tuple[int, RunStatus]:
         async with open_client(redis_url) as client:
             handle = client.run(run)
-            await handle.status()
+            mark = (await handle.status()).fingerprint
             writer = RowWriter(output)
+            is_done = False
             try:
-                await _write_results(handle, writer, follow=follow)
+                await _write_results(handle, mark, writer, follow=follow)
+                is_done = True
             finally:
-                writer.close()
+                writer.close(keep_empty=is_done)
             return writer.rows, await handle.status()
 
     written, status = run_async(work())
@@ -56,18 +59,19 @@ def results(
         )
 
 
-async def _write_results(run: Run, writer: RowWriter, *, follow: bool) -> None:
+async def _write_results(run: Run, mark: str, writer: RowWriter, *, follow: bool) -> None:
+    for index in range(writer.end):
+        if writer.has_other(index, result_fingerprint(run.id, mark, index)):
+            raise DatasetError(
+                f"the output belongs to another run than {run.id!r}: its row {index} wasn't made "
+                "there; choose another file"
+            )
     async with aclosing(run.batches(follow=follow, whole=False)) as batches:
         async for batch in batches:
             lines = []
             for result in batch:
-                row = output_row(result.metadata, result)
-                shown = str(row["id"])
-                if writer.has_other(result.index, shown):
-                    raise DatasetError(
-                        f"the output belongs to another run: its row {result.index} isn't "
-                        f"{shown!r}; choose another file"
-                    )
+                made_of = result_fingerprint(run.id, mark, result.index)
                 if result.index not in writer:
-                    lines.append((result.index, shown, dump_row(row)))
+                    row = output_row(result.metadata, result, made_of)
+                    lines.append((result.index, made_of, dump_row(row)))
             writer.append(lines)

@@ -12,17 +12,23 @@ from rich.console import Console
 from batchmill.commands.engine_options import EngineFlags, worker_engine_options
 from batchmill.commands.options import (
     ChunkSize,
+    Fields,
     QueueName,
     RedisUrl,
+    RowSampling,
     RunId,
     Stopped,
+    fields_of,
     run_async,
     sampling_options,
+    tell,
 )
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.run import DEFAULT_WINDOW
+from queue_api.datasets.summary import RunSummary
+from queue_api.wire.errors import RowsFailedError
 from queue_api.wire.schemas import SamplingParams
 from workers.running.engines import engine_config
 from workers.settings import WorkerSettings
@@ -52,6 +58,31 @@ def run(
         int, typer.Option(min=1, help="Requests that may be in Redis at a time.")
     ] = DEFAULT_WINDOW,
     show: Annotated[int, typer.Option(min=0, help="Rows to show at the end.")] = 0,
+    fields: Fields = None,
+    row_sampling: RowSampling = True,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Ask again for rows of OUTPUT with an error.")
+    ] = False,
+    redo_changed: Annotated[
+        bool,
+        typer.Option(
+            "--redo-changed",
+            help="Make rows of OUTPUT anew that another input, other options or another model "
+            "made.",
+        ),
+    ] = False,
+    max_error_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Stop, with exit code 4, when a greater share of the rows has errors.",
+            show_default=False,
+        ),
+    ] = None,
+    fail_on_error: Annotated[
+        bool, typer.Option("--fail-on-error", help="End with exit code 4 if a row has an error.")
+    ] = False,
     redis_url: RedisUrl = None,
 ) -> None:
     """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
@@ -84,6 +115,11 @@ def run(
         queue=queue,
         chunk_size=chunk_size,
         window=window,
+        model=_model_of(settings) if workers else "",
+        fields=fields_of(fields, row_sampling=row_sampling),
+        retry_errors=retry_errors,
+        redo_changed=redo_changed,
+        max_error_rate=max_error_rate,
     )
     try:
         summary = run_async(run_offline(job, console))
@@ -94,6 +130,30 @@ def run(
     if show and output != "-":
         console.print(sample_table(Path(output), show))
     console.print(summary_table(summary))
+    if summary.errors_before:
+        tell(
+            f"{summary.errors_before:,} rows that were written before have errors and stand; "
+            "--retry-errors asks for them again"
+        )
+    _judge(summary, max_error_rate, fail_on_error=fail_on_error)
+
+
+def _judge(summary: RunSummary, max_error_rate: float | None, *, fail_on_error: bool) -> None:
+    """:raises RowsFailedError: all rows have errors, or more than the options put up with"""
+    if summary.all_failed:
+        raise RowsFailedError(
+            f"all {summary.rows + summary.resumed:,} rows have errors; the first: "
+            f"{summary.first_error or 'see the output'}"
+        )
+    rate = 0.0 if fail_on_error else max_error_rate
+    if rate is not None and (told := summary.too_many_errors(rate)):
+        raise RowsFailedError(told)
+
+
+def _model_of(settings: WorkerSettings) -> str:
+    """What the workers load, as far as the settings tell."""
+    parts = (settings.model, settings.revision, settings.dtype, settings.quantization)
+    return "\n".join(str(part or "") for part in parts)
 
 
 def _given_redis_url(flag: str | None) -> str | None:

@@ -10,17 +10,21 @@ import typer
 
 from batchmill.commands.options import (
     ChunkSize,
+    Fields,
     QueueName,
     RedisUrl,
+    RowSampling,
     RunId,
+    fields_of,
     open_client,
     run_async,
     sampling_options,
     tell,
 )
 from queue_api.client.submission import RequestLike
-from queue_api.datasets.columns import REQUEST_COLUMNS, RowParser, read_jsonl
-from queue_api.datasets.run import dataset_run_id
+from queue_api.datasets.columns import RowParser
+from queue_api.datasets.run import run_id_of
+from queue_api.datasets.source import RowSource
 from queue_api.wire.errors import RequestError
 from queue_api.wire.schemas import GenerationResult, SamplingParams
 
@@ -37,31 +41,39 @@ def submit(
     run: RunId = None,
     queue: QueueName = None,
     chunk_size: ChunkSize = None,
+    fields: Fields = None,
+    row_sampling: RowSampling = True,
     redis_url: RedisUrl = None,
 ) -> None:
     """Put a file of prompts on the queue and print the run's name.
 
     Doing it again with the same file makes nothing twice.
     """
+    names = fields_of(fields, row_sampling=row_sampling)
 
     async def work() -> str:
-        async with open_client(redis_url, queue) as client:
-            parser = RowParser(sampling, keep_columns=True, warn=tell)
-            name = run or dataset_run_id(input, "-", sampling)
-            async with aclosing(_requests(input, parser)) as requests:
-                submitted = await client.submit(requests, name, chunk_size=chunk_size)
-            status = await submitted.status()
-            tell(f"{status.total} requests on queue {status.queue!r}, {status.done} of them done")
-            return name
+        source = RowSource(input)
+        try:
+            await source.look(sampling, names)
+            parser = RowParser(sampling, keep_columns=True, warn=tell, fields=names)
+            name = run or run_id_of(source, "-", sampling)
+            async with open_client(redis_url, queue) as client:
+                async with aclosing(_requests(source, parser)) as requests:
+                    submitted = await client.submit(requests, name, chunk_size=chunk_size)
+                status = await submitted.status()
+        finally:
+            source.close()
+        tell(f"{status.total} requests on queue {status.queue!r}, {status.done} of them done")
+        return name
 
     typer.echo(run_async(work()))
 
 
-async def _requests(source: str, parser: RowParser) -> AsyncGenerator[RequestLike, None]:
-    async with aclosing(read_jsonl(source, parser)) as rows:
+async def _requests(source: RowSource, parser: RowParser) -> AsyncGenerator[RequestLike, None]:
+    async with aclosing(source.rows(parser)) as rows:
         async for row in rows:
             if isinstance(row.request, RequestError):
-                kept = {k: v for k, v in row.columns.items() if k not in REQUEST_COLUMNS}
+                kept = parser.kept(row.columns)
                 yield GenerationResult.failed(row.id, row.request, metadata=kept)
             else:
                 yield row.request

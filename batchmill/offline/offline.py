@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import redis
 from rich.console import Console
@@ -22,11 +21,12 @@ from batchmill.offline.report import progress_display
 from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
-from queue_api.datasets.run import DEFAULT_WINDOW, dataset_run_id, run_dataset
+from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
 from queue_api.store.run_store import RunStore
 from queue_api.wire.errors import ConfigurationError
+from queue_api.wire.plain_text import visible
 from queue_api.wire.schemas import SamplingParams
 from workers.running.engines import require_packages
 
@@ -54,6 +54,13 @@ class OfflineRun:
     chunk_size: int | None = None
     window: int = DEFAULT_WINDOW
     """Requests that may be in Redis at a time."""
+    model: str = ""
+    """Names the model and how it is loaded, so that runs with others are others."""
+    fields: frozenset[str] | None = None
+    """The columns that are read as their requests' fields; None: all with the name of one."""
+    retry_errors: bool = False
+    redo_changed: bool = False
+    max_error_rate: float | None = None
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -62,9 +69,28 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
     :raises BatchmillError: the input, the model, Redis or all workers can't be used
     """
     _check(job)
+    async with _files(job, console) as dataset:
+        return await _run(job, dataset, console)
+
+
+def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
+    """The files, looked at: what is wrong with one is told before anything is started."""
+    return open_dataset(
+        job.input,
+        job.output,
+        defaults=job.defaults,
+        run=job.run,
+        model=job.model,
+        fields=job.fields,
+        retry_errors=job.retry_errors,
+        redo_changed=job.redo_changed,
+        warn=lambda line: _show(console, f"WARNING {line}"),
+    )
+
+
+async def _run(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummary:
     with _redis(job.redis_url) as redis_url, progress_display(console) as display:
-        run = job.run or dataset_run_id(job.input, job.output, job.defaults)
-        queue = job.queue or f"run-{run}"
+        queue = job.queue or f"run-{dataset.run_id}"
         environment = {
             **job.worker_environment,
             "BATCHMILL_REDIS_URL": redis_url,
@@ -78,7 +104,7 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
             await client.store.connect()
             async with cluster:
                 generation = asyncio.create_task(
-                    _generate(job, client, run, cluster, display.update)
+                    _generate(job, client, dataset, cluster, display.update)
                 )
                 summary = await _unless_cluster_ends(generation, cluster)
             if job.queue is None:
@@ -89,7 +115,7 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
 async def _generate(
     job: OfflineRun,
     client: Client,
-    run: str,
+    dataset: Dataset,
     cluster: LocalCluster,
     show: Callable[[Progress], None],
 ) -> RunSummary:
@@ -104,18 +130,15 @@ async def _generate(
             cluster.refill()
 
     if job.num_workers:
-        # Nothing is on the queue, and no output file there, until a worker has loaded its model:
-        # one that refuses its settings leaves no trace. Nor does loading count as queue time.
+        # Nothing is on the queue until a worker has loaded its model: one that refuses its
+        # settings leaves no trace. Nor does loading count as queue time.
         await _until_served(client.store, client.settings.queue)
         cluster.refill()
-    return await run_dataset(
+    return await dataset.run(
         client,
-        job.input,
-        job.output,
-        defaults=job.defaults,
-        run=run,
         chunk_size=job.chunk_size,
         window=job.window,
+        max_error_rate=job.max_error_rate,
         on_progress=on_progress,
     )
 
@@ -138,7 +161,7 @@ def _forget_queue(connection: redis.Redis, name: str) -> None:
 def _show(console: Console, line: str) -> None:
     """A line of a worker's, but for its last words: those become the run's own error."""
     if not line.startswith("batchmill: "):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
 
 async def _unless_cluster_ends(
@@ -169,11 +192,10 @@ def _redis(url: str | None) -> Iterator[str]:
 
 
 def _check(job: OfflineRun) -> None:
-    """Find at once what would otherwise show up only after workers and Redis have started."""
-    if job.input != "-" and not Path(job.input).is_file():
-        raise ConfigurationError(f"no input file {job.input!r}")
-    if job.output != "-" and not Path(job.output).absolute().parent.is_dir():
-        raise ConfigurationError(f"no folder for the output file {job.output!r}")
+    """Find at once what would otherwise show up only after workers and Redis have started.
+
+    The files are looked at when they are opened.
+    """
     if not job.num_workers:
         if job.redis_url is None or job.queue is None:
             raise ConfigurationError(

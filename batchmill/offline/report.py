@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from queue_api.datasets.summary import Progress, Quantiles, RunSummary
+from queue_api.wire.plain_text import on_one_line
 
 __all__ = ["ProgressDisplay", "progress_display", "sample_table", "summary_table"]
 
@@ -101,7 +103,7 @@ def _errors(progress: Progress) -> str:
 
 def summary_table(summary: RunSummary) -> Table:
     """Counts of this process's work, and median and 99th percentile of the rows' times."""
-    table = Table(title=f"run {summary.run}", title_justify="left")
+    table = Table(title=f"run {escape(summary.run)}", title_justify="left")
     table.add_column("")
     table.add_column("median", justify="right")
     table.add_column("p99", justify="right")
@@ -109,6 +111,8 @@ def summary_table(summary: RunSummary) -> Table:
     if summary.resumed:
         table.add_row("rows written before", f"{summary.resumed:,}", "")
     table.add_row("errors", f"{summary.errors:,}", "")
+    if summary.errors_before:
+        table.add_row("errors written before", f"{summary.errors_before:,}", "")
     if summary.cancelled:
         table.add_row("cancelled", f"{summary.cancelled:,}", "")
     table.add_row("prompt tokens", f"{summary.prompt_tokens:,}", "")
@@ -133,16 +137,17 @@ def _seconds(value: float | None) -> str:
 def sample_table(output: Path, count: int) -> Table:
     """`count` rows of an output file, spread over it."""
     table = Table("id", "prompt", "text", "finish", title="samples", title_justify="left")
-    lines = output.read_bytes().splitlines()
-    step = max(1, len(lines) // count)
-    for line in lines[::step][:count]:
-        row = json.loads(line)
-        table.add_row(
-            escape(str(row["id"])),
-            escape(_shorten(_prompt_of(row))),
-            escape(_shorten(row["text"] or str((row["error"] or {}).get("message", "")))),
-            row["finish_reason"],
-        )
+    with output.open("rb") as file:
+        step = max(1, sum(1 for _ in file) // count)
+        file.seek(0)
+        for line in itertools.islice(file, 0, step * count, step):
+            row = json.loads(line)
+            table.add_row(
+                escape(_shorten(str(row["id"]))),
+                escape(_shorten(_prompt_of(row))),
+                escape(_shorten(row["text"] or row["error"])),
+                row["finish_reason"],
+            )
     return table
 
 
@@ -153,5 +158,6 @@ def _prompt_of(row: dict[str, Any]) -> str:
 
 
 def _shorten(text: str, limit: int = 160) -> str:
-    text = " ".join(text.split())
+    # the texts are strangers': an escape sequence in one could move the cursor, or worse
+    text = on_one_line(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,7 +15,7 @@ from benchmarks.chaos.harness import Disturbed, Outcomes
 from benchmarks.chaos.workload import Part
 from queue_api.store.keys import RunKeys
 from queue_api.store.run_store import read_entries
-from queue_api.wire.schemas import GenerationResult
+from queue_api.wire.schemas import ErrorDetail, GenerationResult
 
 __all__ = ["Audit"]
 
@@ -131,7 +131,9 @@ def _told(part: Part, path: Path) -> Iterator[tuple[str, GenerationResult]]:
                 text=row["text"],
                 finish_reason=row["finish_reason"],
                 attempt=row["attempt"],
-                error=row["error"],
+                error=ErrorDetail(code=row["error_code"], message=row["error"])
+                if row["error"]
+                else None,
                 prompt_tokens=usage.get("prompt_tokens", 0),
             ),
         )

@@ -70,12 +70,15 @@ class ChunkWriter:
         self.submitted = 0
         """Requests below this index are on the queue or have ended."""
 
-    async def put(self, index: int, item: GenerationRequest | GenerationResult) -> None:
+    async def put(
+        self, index: int, item: GenerationRequest | GenerationResult, as_json: bytes | None = None
+    ) -> None:
         """Take the next request, or what became of it already, and send what is due.
 
+        :param as_json: as of `add`
         :raises QueueFullError: unless it is to wait; to go on, submit the run again
         """
-        if self.add(index, item):
+        if self.add(index, item, as_json):
             await self.flush()
 
     def add(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import math
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from queue_api.client.submission import as_request, request_id
-from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES, read_lines
-from queue_api.wire.errors import DuplicateRequestError, InvalidRequestError, RequestError
-from queue_api.wire.sampling import SAMPLING_FIELDS
+from queue_api.client.submission import as_request, default_id, request_id
+from queue_api.datasets.fingerprint import row_fingerprint, unread_fingerprint
+from queue_api.datasets.foreign_columns import ColumnNotices
+from queue_api.datasets.line_columns import ColumnReader, LineColumns, RawJson
+from queue_api.store.jobs import request_json
+from queue_api.wire.errors import (
+    ConfigurationError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    RequestError,
+)
+from queue_api.wire.sampling import SAMPLING_FIELDS, own_names
 from queue_api.wire.schemas import GenerationRequest, GenerationResult, SamplingParams
 
 __all__ = [
@@ -22,9 +27,9 @@ __all__ = [
     "REQUEST_COLUMNS",
     "Row",
     "RowParser",
+    "check_fields",
     "dump_row",
     "output_row",
-    "read_jsonl",
 ]
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,7 @@ REQUEST_COLUMNS = frozenset(
     # a column `metadata` is the user's like any other, and comes back as such
     {*GenerationRequest.model_fields, *SAMPLING_FIELDS} - {"metadata"}
 )
+ALWAYS_READ = frozenset({"id", "prompt", "messages"})
 OUTPUT_COLUMNS = (
     "row",
     "text",
@@ -50,8 +56,23 @@ OUTPUT_COLUMNS = (
     "worker",
     "attempt",
     "error",
+    "error_code",
+    "fingerprint",
 )
 """What an output row has besides its input columns."""
+RAW = "batchmill.json"
+"""Key of an object that stands for the JSON text in it, where columns travel as metadata."""
+
+
+def check_fields(names: Collection[str]) -> frozenset[str]:
+    """The columns that are read if the user names them, with those that always are.
+
+    :raises ConfigurationError: one that no request has
+    """
+    if unknown := sorted(set(names) - REQUEST_COLUMNS):
+        known = ", ".join(sorted(REQUEST_COLUMNS - ALWAYS_READ))
+        raise ConfigurationError(f"{unknown[0]!r} isn't a field of a request; there are {known}")
+    return frozenset(names) | ALWAYS_READ
 
 
 @dataclass(frozen=True)
@@ -61,15 +82,12 @@ class Row:
     index: int
     """Its place in the input, from 0; blank lines don't count."""
     columns: Mapping[str, Any]
-    """As they came; empty if the row can't be read."""
+    """As they came, but for those that can't be written."""
     id: str
     request: GenerationRequest | RequestError
-
-    @property
-    def shown_id(self) -> str:
-        """The id as the output file shows it, which may be one that no request can have."""
-        shown = self.columns.get("id")
-        return str(shown) if shown is not None else self.id
+    fingerprint: str = ""
+    as_json: bytes | None = None
+    """The request in that form."""
 
 
 @dataclass
@@ -81,76 +99,119 @@ class RowParser:
     """Send the other columns along as metadata: whoever reads the results may not have
     the input."""
     warn: Callable[[str], None] = logger.warning
+    fields: frozenset[str] | None = None
+    """The columns that are read as the request's; None: all with the name of a field."""
     _index: int = 0
     _places: dict[str, int] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    """Line by id; negative for a default id, which an own one may have, too."""
+
+    def __post_init__(self) -> None:
+        self._reader = ColumnReader()
+        self._taken = REQUEST_COLUMNS if self.fields is None else self.fields
+        self._notices = ColumnNotices(
+            self.warn, REQUEST_COLUMNS, told_which=self.fields is not None
+        )
+        defaults = self.defaults or SamplingParams()
+        self._options: dict[str, Any] = defaults.model_dump(mode="json", exclude_unset=True)
 
     def parse(self, number: int, line: bytes | None) -> Row:
         """The next row; `number` is its line's, for messages."""
         index, self._index = self._index, self._index + 1
-        columns: dict[str, Any] = {}
+        found = self._reader.read(line)
+        mark = self._fingerprint(found, line)
         try:
-            columns = _load(line)
-            self._warn_of_misspelt(columns)
-            request = self._request(columns, index)
-            if (first := self._places.setdefault(request.id, number)) != number:
-                raise DuplicateRequestError(
-                    f"id {request.id!r} is that of line {first} too; ids are unique within a run"
-                )
+            if found.error is not None:
+                raise found.error
+            request = self._request(found, index, number)
+            as_json = request_json(request)
         except RequestError as error:
             error = type(error)(f"line {number}: {error}")
-            return Row(index, columns, request_id(_with_text_id(columns), index), error)
-        return Row(index, columns, request.id, request)
+            name = request_id(_with_text_id(found.read), index)
+            return Row(index, found.shown, name, error, mark)
+        return Row(index, found.shown, request.id, request, mark, as_json)
 
-    def _request(self, columns: dict[str, Any], index: int) -> GenerationRequest:
-        given = columns.get("id")
-        if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-            raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
+    def fingerprint(self, line: bytes | None) -> str:
+        """That of the row which `parse` makes of the line, wherever it is."""
+        return self._fingerprint(self._reader.read(line), line)
+
+    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a row's columns travels as metadata."""
+        return {
+            name: {RAW: str(value)} if isinstance(value, RawJson) else value
+            for name, value in columns.items()
+            if name not in self._taken
+        }
+
+    def _fingerprint(self, found: LineColumns, line: bytes | None) -> str:
+        if found.error is not None:
+            return unread_fingerprint(line)
+        own = own_names(self._fields(found.read))
+        options = {name: value for name, value in self._options.items() if name not in own}
+        taken = None if self.fields is None else self.fields & found.read.keys()
+        return row_fingerprint(found.shown, options, taken)
+
+    def _fields(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that are the request's."""
         # a table has a null where a row has no value of its own
         fields = {
             name: value
-            for name, value in _with_text_id(columns).items()
-            if name in REQUEST_COLUMNS and value is not None
+            for name, value in columns.items()
+            if name in self._taken and value is not None
         }
         for name in ("logprobs", "prompt_logprobs"):
             if isinstance(fields.get(name), list):
                 del fields[name]  # those of an output that is used as input again
+        if not isinstance(fields.get("sampling", {}), dict):
+            del fields["sampling"]  # a column of the user's
+        return fields
+
+    def _request(self, found: LineColumns, index: int, number: int) -> GenerationRequest:
+        fields = self._fields(found.read)
+        self._notices.look(found.read, fields)
+        if twice := sorted(found.ambiguous & fields.keys()):
+            raise InvalidRequestError(f"{twice[0]!r} has an object with a key that is there twice")
+        given = found.read.get("id")
+        if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+            raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
+        fields["id"] = self._id(given, index, number)
         if self.keep_columns:
-            fields["metadata"] = {k: v for k, v in columns.items() if k not in REQUEST_COLUMNS}
-            if isinstance(given, int):
+            fields["metadata"] = self.kept(found.shown)
+            if given is not None and given != fields["id"]:
                 fields["metadata"]["id"] = given
         return as_request(fields, index, self.defaults)
 
-    def _warn_of_misspelt(self, columns: Mapping[str, Any]) -> None:
-        for name in columns.keys() - REQUEST_COLUMNS - self._warned:
-            self._warned.add(name)
-            plain = name.lower().replace("-", "_")
-            if close := difflib.get_close_matches(plain, REQUEST_COLUMNS, n=1, cutoff=0.8):
-                self.warn(
-                    f"column {name!r} has no effect and comes back untouched; "
-                    f"if you meant {close[0]!r}, rename it"
-                )
+    def _id(self, given: str | int | None, index: int, number: int) -> str:
+        """The id to ask under: that of the row, or one that no row has."""
+        if given is None:
+            name = default_id(index, self._places)
+            self._places[name] = -number
+            return name
+        name = str(given)
+        first = self._places.get(name)
+        if first is not None and first > 0:
+            raise DuplicateRequestError(
+                f"id {name!r} is that of line {first} too; ids are unique within a run"
+            )
+        self._places[name] = number
+        if first is None:
+            return name
+        other = f"own-{name}"  # the default of a row before it; the file shows the own one
+        while other in self._places:
+            other = f"own-{other}"
+        self._places[other] = -number
+        return other
 
 
-async def read_jsonl(path: Path | str, parser: RowParser) -> AsyncGenerator[Row, None]:
-    """The rows of a JSON Lines file; what is wrong with one stands in its `request`.
-
-    :raises DatasetError: the file can't be read
-    """
-    async for number, line in read_lines(path):
-        yield parser.parse(number, line)
-
-
-def output_row(columns: Mapping[str, Any], result: GenerationResult) -> dict[str, Any]:
+def output_row(
+    columns: Mapping[str, Any], result: GenerationResult, fingerprint: str = ""
+) -> dict[str, Any]:
     """The row to write: the input's columns as they came, then the result's.
 
-    An input column with the name of one of OUTPUT_COLUMNS (from an output file used as input,
-    say) is kept as `input_<name>`.
+    A column has values of one type, an empty one where there is nothing to say: readers of tables
+    take the first rows for an example of all. An input column with the name of one of
+    OUTPUT_COLUMNS (from an output file used as input, say) is kept as `input_<name>`.
     """
-    row: dict[str, Any] = {} if columns.get("id") is not None else {"id": result.id}
-    for name, value in columns.items():
-        if name != "id" or value is not None:
-            row[f"input_{name}" if name in OUTPUT_COLUMNS else name] = value
+    row = _input_columns(columns, result)
     row["row"] = result.index
     row["text"] = result.text
     if result.token_ids is not None:
@@ -174,22 +235,54 @@ def output_row(columns: Mapping[str, Any], result: GenerationResult) -> dict[str
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": result.completion_tokens,
     }
-    row["timings"] = result.timings.model_dump(mode="json")
-    row["model"] = result.model
-    row["model_revision"] = result.model_revision
-    row["worker"] = result.worker
+    timings = result.timings.model_dump(mode="json")
+    row["timings"] = {name: value or 0.0 for name, value in timings.items()}
+    row["timings"]["stage_s"] = timings["stage_s"] or [0.0]
+    row["model"] = result.model or ""
+    row["model_revision"] = result.model_revision or ""
+    row["worker"] = result.worker or ""
     row["attempt"] = result.attempt
-    row["error"] = result.error.model_dump(mode="json") if result.error else None
+    row["error"] = result.error.message if result.error else ""
+    row["error_code"] = result.error.code if result.error else ""
+    row["fingerprint"] = fingerprint
     return row
+
+
+def _input_columns(columns: Mapping[str, Any], result: GenerationResult) -> dict[str, Any]:
+    row: dict[str, Any] = {} if columns.get("id") is not None else {"id": result.id}
+    for name, value in columns.items():
+        if name == "id" and value is None:
+            continue
+        shown = name
+        while shown in OUTPUT_COLUMNS or (shown != name and shown in columns):
+            shown = f"input_{shown}"
+        row[shown] = _unpacked(value)
+    return row
+
+
+def _unpacked(value: Any) -> Any:
+    """A column that travelled as metadata, as it was written."""
+    if isinstance(value, dict) and value.keys() == {RAW} and isinstance(value[RAW], str):
+        return RawJson(value[RAW])
+    return value
 
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of JSON with its end, in UTF-8."""
+    if any(isinstance(value, RawJson) for value in row.values()):
+        parts = (f"{_dumped(name)}: {_dumped(value)}" for name, value in row.items())
+        return ("{" + ", ".join(parts) + "}\n").encode()
     try:
-        return json.dumps(row, ensure_ascii=False, separators=(", ", ": ")).encode() + b"\n"
+        return _dumped(row).encode() + b"\n"
     except UnicodeEncodeError:
         # half a surrogate pair: JSON can say it, UTF-8 can't
         return json.dumps(row).encode() + b"\n"
+
+
+def _dumped(value: Any) -> str:
+    if isinstance(value, RawJson):
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
 def _with_text_id(columns: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -197,37 +290,3 @@ def _with_text_id(columns: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(given, int) and not isinstance(given, bool):
         return {**columns, "id": str(given)}
     return columns
-
-
-def _load(line: bytes | None) -> dict[str, Any]:
-    if line is None:
-        raise InvalidRequestError(f"longer than {MAX_LINE_BYTES} bytes")
-    try:
-        columns = json.loads(
-            line, parse_constant=_no_constant, parse_float=_finite, parse_int=_readable
-        )
-    except RecursionError:
-        raise InvalidRequestError("not readable: nested too deeply") from None
-    except ValueError as error:
-        raise InvalidRequestError(f"not JSON: {error}") from None
-    if not isinstance(columns, dict):
-        raise InvalidRequestError(f"not an object but {line.decode(errors='replace')!r:.60}")
-    return columns
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} isn't a number that JSON knows")
-
-
-def _readable(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:  # Python's guard against thousands of digits
-        raise ValueError(f"{text[:20]} is too large a number") from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return number

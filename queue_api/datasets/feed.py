@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 
 from queue_api.client.chunk_writer import ChunkWriter
 from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
-from queue_api.datasets.columns import Row, RowParser, dump_row, output_row, read_jsonl
+from queue_api.datasets.columns import Row, RowParser, dump_row, output_row
 from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.formats.jsonl_lines import count_lines
+from queue_api.datasets.resume import no_such_row, other_model, other_row
+from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import Entry, parse_result
-from queue_api.wire.errors import DatasetError, RequestError
+from queue_api.wire.errors import RequestError, RowsFailedError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
 __all__ = ["DatasetRun", "OpenedRun"]
@@ -28,6 +28,10 @@ PROGRESS_EVERY_S = 0.1
 FINISHED_JOB_TTL_S = 5
 """A finished job holds its prompts, and a long run finishes many: at most so many seconds' worth of
 them stay in Redis beside the window."""
+
+
+ENOUGH_ROWS = 100
+"""After so many rows the share of errors says something."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,10 @@ class DatasetRun:
         opened: OpenedRun,
         writer: RowWriter,
         *,
-        source: Path | str,
+        source: RowSource,
         parser: RowParser,
         window: int,
+        max_error_rate: float | None,
         listener: Callable[[Progress], None] | None,
     ) -> None:
         self._store = client.store
@@ -67,6 +72,8 @@ class DatasetRun:
         self._writer = writer
         self._parser = parser
         self._window = max(window, opened.chunk_size)
+        self._max_error_rate = max_error_rate
+        self._makers = writer.makers
         self._listener = listener
         self._chunks = ChunkWriter(
             self._store,
@@ -97,6 +104,7 @@ class DatasetRun:
     async def run(self) -> RunSummary:
         """Until every row is written."""
         self.summary.resumed = self._writer.rows
+        self.summary.errors_before = self._writer.errors
         subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -117,15 +125,18 @@ class DatasetRun:
         return self.summary
 
     async def _count(self) -> None:
-        self._counted = await asyncio.to_thread(_count_rows, self._source)
+        if self._source.is_file:
+            self._counted = await asyncio.to_thread(_count_rows, self._source)
 
     async def _feed(self, subscription: Subscription) -> None:
         total = 0
-        async with aclosing(read_jsonl(self._source, self._parser)) as rows:
-            async for row in rows:
+        async with aclosing(self._source.lines()) as lines:
+            async for number, line in lines:
+                row = self._parser.parse(number, line)
                 total = row.index + 1
                 if row.index in self._writer:
-                    self._check_same(row)
+                    if self._writer.has_other(row.index, row.fingerprint):
+                        raise other_row(self._writer, row.index, line)
                     self._chunks.skip(row.index)
                 elif (raw := self._early.pop(row.index, None)) is not None:
                     self._chunks.skip(row.index)
@@ -134,16 +145,15 @@ class DatasetRun:
                 else:
                     await self._submit(row)
         await self._chunks.flush()
+        self._check_end(total)
         await self._store.set(self._opened.run, total=total)
         self._total = total
         subscription.poke()
 
-    def _check_same(self, row: Row) -> None:
-        if self._writer.has_other(row.index, row.shown_id):
-            raise DatasetError(
-                f"row {row.index} of the input has the id {row.shown_id!r}, in the output it has "
-                "another: the output belongs to another input; choose another file"
-            )
+    def _check_end(self, total: int) -> None:
+        for row in range(total, self._writer.end):
+            if row in self._writer:
+                raise no_such_row(row, total)
 
     async def _submit(self, row: Row) -> None:
         chunk = row.index // self._opened.chunk_size
@@ -159,7 +169,7 @@ class DatasetRun:
             failed = GenerationResult.failed(row.id, row.request, run=run, index=row.index)
             await self._chunks.put(row.index, failed)
         else:
-            await self._chunks.put(row.index, row.request)
+            await self._chunks.put(row.index, row.request, row.as_json)
 
     async def _wait_for_room(self) -> None:
         if self._outstanding + self._opened.chunk_size > self._window:
@@ -219,10 +229,27 @@ class DatasetRun:
         lines = []
         for row, raw in answered:
             result = parse_result(self._opened.run, row.index, raw)
+            self._check_maker(result)
             self.summary.add(result)
-            lines.append((row.index, row.shown_id, dump_row(output_row(row.columns, result))))
+            made = output_row(row.columns, result, row.fingerprint)
+            lines.append((row.index, row.fingerprint, dump_row(made)))
         await asyncio.to_thread(self._writer.append, lines)
         self._tell()
+        self._check_errors()
+
+    def _check_maker(self, result: GenerationResult) -> None:
+        """:raises DatasetError: the output was begun with another model"""
+        if result.model and self._makers:
+            maker = (result.model, result.model_revision or "")
+            if maker not in self._makers:
+                raise other_model(self._makers, {maker})
+
+    def _check_errors(self) -> None:
+        """:raises RowsFailedError: so many of the rows have errors that it isn't worth going on"""
+        if self._max_error_rate is None or self.summary.rows < ENOUGH_ROWS:
+            return
+        if told := self.summary.too_many_errors(self._max_error_rate):
+            raise RowsFailedError(f"{told}; the rest isn't asked for")
 
     def _tell(self, *, final: bool = False) -> None:
         now = time.perf_counter()
@@ -251,6 +278,9 @@ class DatasetRun:
         )
 
 
-def _count_rows(source: Path | str) -> int | None:
-    """How many rows there will be; None for what can be read only once."""
-    return count_lines(source) if source != "-" and Path(source).is_file() else None
+def _count_rows(source: RowSource) -> int | None:
+    """How many rows there will be; None if it can't be read, which its reader will say."""
+    try:
+        return sum(1 for _ in source.lines_again())
+    except OSError:
+        return None

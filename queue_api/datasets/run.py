@@ -2,25 +2,135 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from queue_api.client.client import Client
-from queue_api.datasets.columns import RowParser
+from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.resume import changed_rows, check_makers
+from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
+from queue_api.store.bitmap import Bitmap
 from queue_api.store.runs import check_run_id
-from queue_api.wire.errors import DatasetError, InvalidRequestError
+from queue_api.wire.errors import DatasetError, InvalidRequestError, RedisAuthError
 from queue_api.wire.schemas import SamplingParams
 
-__all__ = ["DEFAULT_WINDOW", "dataset_run_id", "run_dataset"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "Dataset",
+    "dataset_run_id",
+    "open_dataset",
+    "run_dataset",
+    "run_id_of",
+]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 8192
+
+
+@dataclass
+class Dataset:
+    """An input and an output that were looked at and fit together."""
+
+    source: RowSource
+    writer: RowWriter
+    run_id: str
+    mark: str
+    """Tells the run from others of its name."""
+    defaults: SamplingParams | None
+    fields: frozenset[str] | None
+    warn: Callable[[str], None]
+    redo_changed: bool
+    has_begun: bool = False
+    """Whether rows are asked for; an output of none is kept from then on."""
+
+    async def run(
+        self,
+        client: Client,
+        *,
+        queue: str | None = None,
+        chunk_size: int | None = None,
+        window: int = DEFAULT_WINDOW,
+        max_error_rate: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> RunSummary:
+        """Ask for what isn't written yet, and write it; as run_dataset."""
+        self.has_begun = True
+        queue = queue or client.settings.queue
+        await self._drop_other_models(await _models(client, queue))
+        opened = await _open(client, self.run_id, queue, chunk_size, self.mark)
+        work = DatasetRun(
+            client,
+            opened,
+            self.writer,
+            source=self.source,
+            parser=RowParser(self.defaults, warn=self.warn, fields=self.fields),
+            window=window,
+            max_error_rate=max_error_rate,
+            listener=on_progress,
+        )
+        return await work.run()
+
+    async def _drop_other_models(self, now: Collection[tuple[str, str]]) -> None:
+        if rows := check_makers(self.writer, now, redo=self.redo_changed):
+            await asyncio.to_thread(self.writer.drop, rows.__contains__)
+
+
+@asynccontextmanager
+async def open_dataset(
+    input: Path | str,  # noqa: A002 - as on the command line
+    output: Path | str,
+    *,
+    defaults: SamplingParams | None = None,
+    run: str | None = None,
+    model: str = "",
+    fields: Collection[str] | None = None,
+    retry_errors: bool = False,
+    redo_changed: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> AsyncGenerator[Dataset, None]:
+    """Look at both files, before anything else is started; the parameters are run_dataset's.
+
+    :param model: what the run's workers load, if that is known
+    :raises DatasetError: a file can't be used, or the output belongs to another input
+    :raises ConfigurationError: `fields` has one that no request has
+    """
+    names = None if fields is None else check_fields(fields)
+    source = RowSource(input)
+    try:
+        _check_apart(source, output)
+        writer = RowWriter(output)
+        dataset = Dataset(
+            source,
+            writer,
+            check_run_id(run) if run is not None else run_id_of(source, output, defaults, model),
+            _fingerprint(source, output, defaults, model),
+            defaults,
+            names,
+            warn or logger.warning,
+            redo_changed,
+        )
+        try:
+            if source.is_same_file(writer.info()):
+                raise DatasetError(f"{input} can't be both input and output")
+            await source.look(defaults, names)
+            await _prepare(dataset, retry_errors=retry_errors)
+            yield dataset
+        finally:
+            writer.close(keep_empty=dataset.has_begun)
+    finally:
+        source.close()
 
 
 async def run_dataset(
@@ -33,6 +143,10 @@ async def run_dataset(
     queue: str | None = None,
     chunk_size: int | None = None,
     window: int = DEFAULT_WINDOW,
+    fields: Collection[str] | None = None,
+    retry_errors: bool = False,
+    redo_changed: bool = False,
+    max_error_rate: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
@@ -42,23 +156,35 @@ async def run_dataset(
     stopped. At most `window` requests are in Redis at a time. A row that is wrong becomes a row
     with an `error`. `-` is stdin or stdout. The columns are in docs/datasets.md.
 
-    :raises DatasetError: a file can't be used, or the output belongs to another input
+    :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
+        and `messages`; all others come back untouched. None: all that have the name of a field
+    :param retry_errors: ask again for the rows of the output that have an error
+    :param redo_changed: make the rows of the output anew that were made of something else
+    :param max_error_rate: stop when a greater share of the rows, of at least 100, has errors
+    :raises DatasetError: a file can't be used, no row of it can be read, or the output belongs to
+        another input, other defaults or another model
     :raises InvalidRequestError: the run id belongs to another input or other defaults
+    :raises RowsFailedError: see `max_error_rate`
     """
-    if input != "-" and output != "-" and _same_file(input, output):
-        raise DatasetError(f"{input} can't be both input and output")
-    writer = RowWriter(output)
-    try:
-        parser = RowParser(defaults) if warn is None else RowParser(defaults, warn=warn)
-        mark = _fingerprint(input, output, defaults)
-        run_id = check_run_id(run) if run is not None else dataset_run_id(input, output, defaults)
-        opened = await _open(client, run_id, queue, chunk_size, mark)
-        work = DatasetRun(
-            client, opened, writer, source=input, parser=parser, window=window, listener=on_progress
+    opened = open_dataset(
+        input,
+        output,
+        defaults=defaults,
+        run=run,
+        fields=fields,
+        retry_errors=retry_errors,
+        redo_changed=redo_changed,
+        warn=warn,
+    )
+    async with opened as dataset:
+        return await dataset.run(
+            client,
+            queue=queue,
+            chunk_size=chunk_size,
+            window=window,
+            max_error_rate=max_error_rate,
+            on_progress=on_progress,
         )
-        return await work.run()
-    finally:
-        writer.close()
 
 
 def dataset_run_id(
@@ -66,35 +192,87 @@ def dataset_run_id(
     output: Path | str,
     defaults: SamplingParams | None = None,
 ) -> str:
-    """The run of these files and defaults: the same until the input changes."""
-    if input == "-":
+    """The run of these files and defaults: the same until the input changes.
+
+    :raises DatasetError: the input can't be read
+    """
+    source = RowSource(input)
+    try:
+        return run_id_of(source, output, defaults)
+    finally:
+        source.close()
+
+
+def run_id_of(
+    source: RowSource, output: Path | str, defaults: SamplingParams | None, model: str = ""
+) -> str:
+    """The same of an input that is open."""
+    if source.path == "-":
         return f"stdin-{uuid4().hex[:12]}"
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(input).stem).strip("-_")[:40] or "rows"
-    return f"{name}-{_fingerprint(input, output, defaults)[:12]}"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source.path).stem).strip("-_")[:40] or "rows"
+    if not source.is_file:
+        return f"{name}-{uuid4().hex[:12]}"
+    return f"{name}-{_fingerprint(source, output, defaults, model)[:12]}"
 
 
 def _fingerprint(
-    input: Path | str,  # noqa: A002
-    output: Path | str,
-    defaults: SamplingParams | None,
+    source: RowSource, output: Path | str, defaults: SamplingParams | None, model: str
 ) -> str:
-    """Of the files and defaults. The input's size and time stand for its content."""
-    parts = [str(output if output == "-" else Path(output).resolve())]
+    """Of the files and options. The input's size, time and samples stand for its content."""
+    parts = [str(output) if output == "-" else os.path.realpath(output)]
     parts.append((defaults or SamplingParams()).model_dump_json())
-    try:
-        if input != "-":
-            info = os.stat(input)  # noqa: PTH116 - one call for both, of a str or a Path
-            parts += [str(Path(input).resolve()), str(info.st_size), str(info.st_mtime_ns)]
-    except OSError as error:
-        raise DatasetError(f"can't read {input}: {error.strerror or error}") from None
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+    if model:
+        parts.append(model)
+    if source.path != "-" and source.is_file:
+        info = source.info
+        parts += [os.path.realpath(source.path), str(info.st_size), str(info.st_mtime_ns)]
+        parts.append(source.sample())
+    return hashlib.blake2b("\0".join(parts).encode(errors="replace"), digest_size=16).hexdigest()
 
 
-def _same_file(one: Path | str, other: Path | str) -> bool:
+def _check_apart(source: RowSource, output: Path | str) -> None:
+    """:raises DatasetError: what is written would be read"""
     try:
-        return os.path.samefile(one, other)  # noqa: PTH121
+        info = os.stat(output)  # noqa: PTH116 - of a str or a Path
     except OSError:
-        return False
+        return
+    if source.is_same_file(info):
+        raise DatasetError(f"{source.path} can't be both input and output")
+
+
+async def _models(client: Client, queue: str) -> Collection[tuple[str, str]]:
+    """Those of the workers, if we may know: a user for producers needn't see workers."""
+    try:
+        return await client.store.models(queue)
+    except RedisAuthError:
+        return ()
+
+
+async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
+    """Take out of the output what is to be made again.
+
+    :raises DatasetError: there are rows of something else, and they aren't to be made again
+    """
+    source, writer = dataset.source, dataset.writer
+    if not writer.rows:
+        return
+    unwanted = Bitmap()
+    if source.is_file:
+        parser = RowParser(dataset.defaults, fields=dataset.fields)
+        unwanted = await asyncio.to_thread(
+            changed_rows, source.lines_again(), parser, writer, redo=dataset.redo_changed
+        )
+    elif dataset.redo_changed:
+        raise DatasetError(
+            f"--redo-changed has to read the input twice, which {source.path} can't be: "
+            "write it into a file first"
+        )
+    if retry_errors:
+        for row in range(writer.end):
+            if writer.has_error(row):
+                unwanted.add(row)
+    if len(unwanted):
+        await asyncio.to_thread(writer.drop, unwanted.__contains__)
 
 
 async def _open(

@@ -62,7 +62,8 @@ class Progress:
 
 @dataclass
 class RunSummary:
-    """What a dataset run came to. Everything but `resumed` is of this process's time."""
+    """What a dataset run came to. Everything but `resumed` and `errors_before` is of this
+    process's time."""
 
     run: str = ""
     rows: int = 0
@@ -70,6 +71,10 @@ class RunSummary:
     resumed: int = 0
     """Written before, by a run that was broken off."""
     errors: int = 0
+    errors_before: int = 0
+    """Of the rows written before; they stand until they are asked for again."""
+    first_error: str = ""
+    """Of those of this process's time."""
     cancelled: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -84,6 +89,18 @@ class RunSummary:
         """Generated tokens per second of wall time."""
         return self.completion_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
+    @property
+    def all_failed(self) -> bool:
+        """True if there are rows and each has an error."""
+        return 0 < self.rows + self.resumed == self.errors + self.errors_before
+
+    def too_many_errors(self, max_rate: float) -> str:
+        """What to say if more than that share of all rows have errors; else nothing."""
+        rows, errors = self.rows + self.resumed, self.errors + self.errors_before
+        if errors <= max_rate * rows:
+            return ""
+        return f"{errors:,} of {rows:,} rows have errors, more than {max_rate:.4g} of them"
+
     def add(self, result: GenerationResult) -> None:
         """Count one result."""
         self.rows += 1
@@ -91,6 +108,8 @@ class RunSummary:
         self.cancelled += result.finish_reason is FinishReason.CANCELLED
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
+        if result.error is not None and not self.first_error:
+            self.first_error = result.error.message
         if not result.ok:
             return  # a refused request has no times that say anything
         timings = result.timings

@@ -20,8 +20,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rq.defaults import RQ_KEY_PREFIX
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 __all__ = [
+    "MODEL_FIELD",
     "RQ_KEY_PREFIX",
     "RunKeys",
     "canceled_key",
@@ -35,7 +37,12 @@ __all__ = [
     "scheduled_key",
     "wake_key",
     "wip_key",
+    "workers_key",
 ]
+
+MODEL_FIELD = "model"
+"""Field of a worker's hash, one that RQ doesn't know: the model and, on a line of its own, its
+revision."""
 
 
 class RunKeys(NamedTuple):
@@ -107,3 +114,8 @@ def executions_key(job_id: str) -> str:
 def return_values_key(job_id: str) -> str:
     """RQ's stream of a job's return values."""
     return f"{RQ_KEY_PREFIX}:results:{job_id}"
+
+
+def workers_key(queue: str) -> str:
+    """RQ's set of the workers that serve a queue."""
+    return str(WORKERS_BY_QUEUE_KEY % queue)

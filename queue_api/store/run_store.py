@@ -19,6 +19,7 @@ from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
 from queue_api.store.jobs import GenerateJob
 from queue_api.store.keys import (
+    MODEL_FIELD,
     RQ_KEY_PREFIX,
     RunKeys,
     canceled_key,
@@ -26,6 +27,7 @@ from queue_api.store.keys import (
     queue_key,
     scheduled_key,
     wip_key,
+    workers_key,
 )
 from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
@@ -272,6 +274,20 @@ class RunStore:
         """Let these requests have a result again, because theirs was lost."""
         args = [self.settings.run_ttl_s, *indexes]
         await self._run(("reopen", RunKeys.of(run), args))
+
+    async def models(self, queue: str) -> frozenset[tuple[str, str]]:
+        """Model and revision of each worker that serves the queue and says so."""
+
+        async def talk() -> list[Any]:
+            names = await cast("Awaitable[Iterable[Any]]", self.redis.smembers(workers_key(queue)))
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hmget(name, [MODEL_FIELD, "death"])
+                return await pipe.execute()
+
+        told = [model for model, death in await self.call(talk) if model and death is None]
+        parts = (model.decode(errors="replace").partition("\n") for model in told)
+        return frozenset((name, revision) for name, _, revision in parts)
 
     async def delete(self, run: str) -> None:
         """Forget a run. Results that still come for it are dropped."""

@@ -99,6 +99,8 @@ class RunStatus:
     cancelled: bool = False
     created_at: float = 0.0
     """Epoch seconds."""
+    fingerprint: str = ""
+    """Tells the requests it began with from others under the same name."""
     jobs: Mapping[str, int] = field(default_factory=dict)
     """Unfinished jobs by RQ's word for their state; only Run.status looks for them."""
 
@@ -128,4 +130,5 @@ class RunStatus:
             chunk_size=int(fields.get("chunk_size", 1)),
             cancelled=fields.get("cancelled") == "1",
             created_at=float(fields.get("created_at", 0)),
+            fingerprint=fields.get("fingerprint", ""),
         )

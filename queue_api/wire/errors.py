@@ -25,6 +25,7 @@
   * ClientClosedError: the client is closed, or was while the call waited
   * WrongOwnerError: a client used from another process or event loop than its own
   * DatasetError: an input or output file as a whole can't be used
+  * RowsFailedError: more rows of a run have errors than are put up with
   * EngineError: the engine can't go on; its worker must end
 """
 
@@ -52,6 +53,7 @@ __all__ = [
     "RequestError",
     "RequestOutOfMemoryError",
     "RequestTooLargeError",
+    "RowsFailedError",
     "RunIncompleteError",
     "RunNotFoundError",
     "UnsupportedModelError",
@@ -172,6 +174,10 @@ class WrongOwnerError(BatchmillError, RuntimeError):
 
 class DatasetError(BatchmillError):
     """An input or output file as a whole can't be used."""
+
+
+class RowsFailedError(BatchmillError):
+    """All rows of a run have errors, or more than the caller puts up with."""
 
 
 class EngineError(BatchmillError):

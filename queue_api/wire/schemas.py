@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import to_json
 
 from queue_api.wire.errors import GenerationFailedError, InvalidRequestError, RequestError
+from queue_api.wire.foreign_fields import INSTEAD
 from queue_api.wire.sampling import WIRE, SamplingParams, SharedSamplingParams, TokenId
 from queue_api.wire.structured_outputs import StructuredOutputs
 
@@ -379,7 +380,8 @@ _LIMITS = {
 def _complaint(field: str, item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown field '{field}'"
+        hint = INSTEAD.get(field.rpartition(".")[2])
+        return f"unknown field '{field}'" + (f" ({hint})" if hint else "")
     if kind == "missing":
         return f"'{field}' is missing"
     if kind in ("string_too_short", "too_short"):

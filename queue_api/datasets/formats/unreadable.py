@@ -1,0 +1,131 @@
+"""Says what a file is that holds no rows of JSON Lines, and how to make them of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from queue_api.wire.errors import DatasetError
+from queue_api.wire.foreign_fields import INSTEAD
+
+if TYPE_CHECKING:
+    from queue_api.datasets.columns import Row
+
+__all__ = ["check_format", "why_unreadable"]
+
+MOST_COLUMNS_SHOWN = 20
+_MAGIC: dict[bytes, tuple[str, str]] = {
+    b"\x1f\x8b": ("gzip", "unpack it: gunzip -c {} | batchmill … -"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -dc {} | batchmill … -"),
+    b"BZh": ("bzip2", "unpack it: bunzip2 -c {} | batchmill … -"),
+    b"\xfd7zXZ\x00": ("xz", "unpack it: xz -dc {} | batchmill … -"),
+    b"\x04\x22\x4d\x18": ("lz4", "unpack it first"),
+    b"7z\xbc\xaf\x27\x1c": ("7-zip", "unpack it first"),
+    b"PK\x03\x04": ("a zip archive (or a spreadsheet)", "unpack it, or save it as JSON Lines"),
+    b"PAR1": ("Parquet", "write it as JSON Lines: pandas.read_parquet(…).to_json(…, lines=True)"),
+    b"ARROW1": ("Arrow", "write it as JSON Lines: datasets.Dataset.to_json(…)"),
+    b"\xff\xff\xff\xff": ("Arrow's stream", "write it as JSON Lines: datasets.Dataset.to_json(…)"),
+    b"Obj\x01": ("Avro", "write it as JSON Lines"),
+    b"ORC": ("ORC", "write it as JSON Lines"),
+    b"SQLite format 3\x00": ("an SQLite database", "write a query's rows as JSON Lines"),
+    b"\x89HDF\r\n\x1a\n": ("HDF5", "write it as JSON Lines"),
+    b"\x93NUMPY": ("a NumPy array", "write it as JSON Lines"),
+    b"\x80\x03": ("a pickle", "write it as JSON Lines"),
+    b"\x80\x04": ("a pickle", "write it as JSON Lines"),
+    b"\x80\x05": ("a pickle", "write it as JSON Lines"),
+    b"%PDF": ("a PDF", "write its text as JSON Lines"),
+}
+_TAR_MAGIC, _TAR_AT = b"ustar", 257
+
+
+def check_format(start: bytes, path: Path | str) -> None:
+    """Look at the first bytes of an input.
+
+    :raises DatasetError: it is in a format that is known not to be text
+    """
+    if start[_TAR_AT:].startswith(_TAR_MAGIC):
+        raise DatasetError(f"{path} is a tar archive, not JSON Lines: unpack it first")
+    for magic, (name, hint) in _MAGIC.items():
+        if start.startswith(magic):
+            raise DatasetError(f"{path} is {name}, not JSON Lines: {hint.format(path)}")
+
+
+def why_unreadable(
+    path: Path | str, rows: Sequence[Row], lines: Sequence[bytes | None], num_rows: int
+) -> str:
+    """What to say of an input none of whose first rows can be read.
+
+    :param lines: the beginning of each row's line
+    :param num_rows: how many were looked at; `rows` may be fewer
+    """
+    known = _known_text(path, [line for line in lines if line is not None])
+    if known and not any(row.columns for row in rows):
+        return known
+    columns = sorted({name for row in rows for name in row.columns})
+    looked_at = "its row" if num_rows == 1 else f"all {num_rows} rows that were looked at"
+    told = f"no row of {path} can be read ({looked_at}): {rows[0].request}"
+    if columns and not {"prompt", "messages"} & set(columns):
+        shown = ", ".join(repr(name)[:80] for name in columns[:MOST_COLUMNS_SHOWN])
+        told += (
+            f". Its columns are {shown}: rename the prompts' to 'prompt', or chats' to 'messages'"
+        )
+        hints = {INSTEAD[name] for name in columns if name in ("body", "inputs", "conversations")}
+        told += "".join(f"; {hint}" for hint in sorted(hints))
+    return told
+
+
+def _known_text(path: Path | str, lines: Sequence[bytes]) -> str:
+    first = lines[0].strip() if lines else b""
+    if first.startswith(b"["):
+        return (
+            f"{path} is a JSON array, not JSON Lines with an object to a line: "
+            f"write one to each line: jq -c '.[]' {path}"
+        )
+    if first.startswith(b"{") and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
+        return (
+            f"{path} has objects over several lines, not one to a line: "
+            f"write one to each line: jq -c . {path}"
+        )
+    if (header := _header(lines)) and not first.startswith(b"{"):
+        shown = ", ".join(map(repr, header[:MOST_COLUMNS_SHOWN]))
+        return (
+            f"{path} looks like CSV with the columns {shown}, not like JSON Lines: write it as "
+            "such: pandas.read_csv(…).to_json(…, orient='records', lines=True)"
+        )
+    if first and not first.startswith(b"{") and _is_text(first) and not _is_json(first):
+        return (
+            f"{path} looks like plain text, not like JSON Lines: write each prompt as "
+            '{"prompt": "…"} on a line of its own'
+        )
+    return ""
+
+
+def _header(lines: Sequence[bytes]) -> list[str]:
+    """The columns of a table in text; none if it isn't one."""
+    try:
+        texts = [line.decode("utf-8-sig") for line in lines[:20]]
+    except UnicodeDecodeError:
+        return []
+    for separator in ",\t;|":
+        try:
+            table = list(csv.reader(texts, delimiter=separator))
+        except csv.Error:
+            continue
+        if table and len(table[0]) > 1 and all(len(row) == len(table[0]) for row in table[:2]):
+            return [name[:40] for name in table[0]]
+    return []
+
+
+def _is_text(line: bytes) -> bool:
+    return "\ufffd" not in line.decode(errors="replace")[:-1] and b"\0" not in line
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""What of an output stands when a run goes on, and what is to be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from queue_api.datasets.columns import RowParser
+from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.formats.jsonl_lines import Line
+from queue_api.datasets.line_columns import ColumnReader
+from queue_api.store.bitmap import Bitmap
+from queue_api.wire.errors import DatasetError
+
+__all__ = ["changed_rows", "check_makers", "no_such_row", "other_model", "other_row"]
+
+WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose another output file"
+
+
+def changed_rows(
+    lines: Iterable[Line], parser: RowParser, writer: RowWriter, *, redo: bool
+) -> Bitmap:
+    """The rows of the output that the input, as it is now, wouldn't make; reads all of it.
+
+    :raises DatasetError: there are such rows and they aren't to be made again
+    """
+    changed, index = Bitmap(), 0
+    for _, line in lines:
+        if index >= writer.end:
+            return changed
+        if writer.has_other(index, parser.fingerprint(line)):
+            if not redo:
+                raise other_row(writer, index, line)
+            changed.add(index)
+        index += 1
+    for row in range(index, writer.end):
+        if row in writer:
+            if not redo:
+                raise no_such_row(row, index)
+            changed.add(row)
+    return changed
+
+
+def other_row(writer: RowWriter, index: int, line: bytes | None) -> DatasetError:
+    """What to say of a row of the output that was made of something else."""
+    written = writer.find(index)
+    if written is None or not written.fingerprint:
+        what = "doesn't say what it was made of (it has no 'fingerprint')"
+    else:
+        what = _difference(ColumnReader().read(line).shown, written.columns)
+    return DatasetError(
+        f"the output belongs to another input or other options: its row {index} {what}; {WAYS_OUT}"
+    )
+
+
+def _difference(columns: dict[str, object], written: dict[str, object]) -> str:
+    names = [*columns, *(name for name in ("prompt", "messages", "id") if name not in columns)]
+    for name in names:
+        was, now = written.get(name), columns.get(name)
+        if name == "id" and now is None:
+            continue  # the default one
+        if name in written and now is None:
+            return f"was made with a column {name!r}, which the input's hasn't"
+        if was is None and now is not None and name not in written:
+            return f"was made without the column {name!r}, which the input's has"
+        if str(was) != str(now):
+            return f"has {was!r:.60} as {name!r}, the input's has {now!r:.60}"
+    return "was made with other options or columns"
+
+
+def no_such_row(row: int, total: int) -> DatasetError:
+    """What to say of a row of the output that the input doesn't have."""
+    return DatasetError(
+        f"the output belongs to another input: it has a row {row}, counted from 0, and the input "
+        f"has {total} rows; {WAYS_OUT}"
+    )
+
+
+def check_makers(writer: RowWriter, now: Collection[tuple[str, str]], *, redo: bool) -> set[int]:
+    """The rows of the output that other models made than the workers have now.
+
+    :param now: model and revision of each worker; empty if none is there
+    :raises DatasetError: there are such rows and they aren't to be made again
+    """
+    others = writer.makers - set(now) if now else set()
+    if not others:
+        return set()
+    if redo:
+        return {row for row in range(writer.end) if row in writer and writer.maker(row) in others}
+    raise other_model(others, now)
+
+
+def other_model(
+    written: Collection[tuple[str, str]], now: Collection[tuple[str, str]]
+) -> DatasetError:
+    """What to say of an output whose rows another model made."""
+    return DatasetError(
+        f"rows of the output were made by {_shown(written)}, the workers have {_shown(now)}; "
+        f"{WAYS_OUT}"
+    )
+
+
+def _shown(makers: Collection[tuple[str, str]]) -> str:
+    return " and ".join(
+        f"{model} at revision {revision}" if revision else model
+        for model, revision in sorted(makers)
+    )
