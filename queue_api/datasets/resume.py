@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from queue_api.datasets.columns import RowParser
+from queue_api.datasets.columns import OUTPUT_COLUMNS, RowParser
 from queue_api.datasets.formats.jsonl import RowWriter
 from queue_api.datasets.formats.jsonl_lines import Line
 from queue_api.datasets.line_columns import ColumnReader
@@ -53,12 +53,12 @@ def other_row(writer: RowWriter, index: int, line: bytes | None) -> DatasetError
 
 
 def _difference(columns: dict[str, object], written: dict[str, object]) -> str:
-    names = [*columns, *(name for name in ("prompt", "messages", "id") if name not in columns)]
-    for name in names:
+    of_input = (name for name in written if name not in OUTPUT_COLUMNS and name not in columns)
+    for name in [*columns, *of_input]:
         was, now = written.get(name), columns.get(name)
         if name == "id" and now is None:
             continue  # the default one
-        if name in written and now is None:
+        if was is not None and name not in columns and not name.startswith("input_"):
             return f"was made with a column {name!r}, which the input's hasn't"
         if was is None and now is not None and name not in written:
             return f"was made without the column {name!r}, which the input's has"

@@ -52,8 +52,8 @@ class Dataset:
     fields: frozenset[str] | None
     warn: Callable[[str], None]
     redo_changed: bool
-    has_begun: bool = False
-    """Whether rows are asked for; an output of none is kept from then on."""
+    keeps_empty: bool = False
+    """Whether an output without rows is kept."""
 
     async def run(
         self,
@@ -66,7 +66,7 @@ class Dataset:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunSummary:
         """Ask for what isn't written yet, and write it; as run_dataset."""
-        self.has_begun = True
+        self.keeps_empty = True
         queue = queue or client.settings.queue
         await self._drop_other_models(await _models(client, queue))
         opened = await _open(client, self.run_id, queue, chunk_size, self.mark)
@@ -124,11 +124,14 @@ async def open_dataset(
         try:
             if source.is_same_file(writer.info()):
                 raise DatasetError(f"{input} can't be both input and output")
+            # scripts read the output whatever the run ended with: of a wrong input it is empty
+            dataset.keeps_empty = True
             await source.look(defaults, names)
             await _prepare(dataset, retry_errors=retry_errors)
+            dataset.keeps_empty = False
             yield dataset
         finally:
-            writer.close(keep_empty=dataset.has_begun)
+            writer.close(keep_empty=dataset.keeps_empty)
     finally:
         source.close()
 

@@ -101,7 +101,7 @@ class LineSplitter:
             elif line.strip():
                 found.append((self._number, line))
             self._too_long = False
-        if len(rest) > MAX_LINE_BYTES:
+        if self._too_long or len(rest) > MAX_LINE_BYTES:
             rest, self._too_long = b"", True
         self._rest = rest
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Sequence
@@ -44,8 +45,10 @@ _TAR_MAGIC, _TAR_AT = b"ustar", 257
 def check_format(start: bytes, path: Path | str) -> None:
     """Look at the first bytes of an input.
 
-    :raises DatasetError: it is in a format that is known not to be text
+    :raises DatasetError: it is in a format that is known not to be JSON Lines
     """
+    if start.removeprefix(codecs.BOM_UTF8).lstrip().splitlines()[:1] == [b"["]:
+        raise DatasetError(_array(path))
     if start[_TAR_AT:].startswith(_TAR_MAGIC):
         raise DatasetError(f"{path} is a tar archive, not JSON Lines: unpack it first")
     for magic, (name, hint) in _MAGIC.items():
@@ -77,13 +80,17 @@ def why_unreadable(
     return told
 
 
+def _array(path: Path | str) -> str:
+    return (
+        f"{path} is a JSON array, not JSON Lines with an object to a line: "
+        f"write one to each line: jq -c '.[]' {path}"
+    )
+
+
 def _known_text(path: Path | str, lines: Sequence[bytes]) -> str:
     first = lines[0].strip() if lines else b""
     if first.startswith(b"["):
-        return (
-            f"{path} is a JSON array, not JSON Lines with an object to a line: "
-            f"write one to each line: jq -c '.[]' {path}"
-        )
+        return _array(path)
     if first.startswith(b"{") and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return (
             f"{path} has objects over several lines, not one to a line: "
