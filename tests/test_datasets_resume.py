@@ -51,9 +51,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def run(settings: QueueSettings, connection: redis.Redis) -> Callable[..., RunSummary]:
     def run(*args: Any, answerer: Answerer | None = None, **kwargs: Any) -> RunSummary:
         async def main() -> RunSummary:
-            async with Client(settings=settings) as client:
-                async with (answerer or Answerer(connection)).answering():
-                    return await run_dataset(client, *args, **kwargs)
+            answers = (answerer or Answerer(connection)).answering()
+            async with Client(settings=settings) as client, answers:
+                return await run_dataset(client, *args, **kwargs)
 
         return asyncio.run(main())
 
