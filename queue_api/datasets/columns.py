@@ -107,6 +107,7 @@ class RowParser:
 
     def __post_init__(self) -> None:
         self._reader = ColumnReader()
+        self._has_numbers_as_ids = False
         self._taken = REQUEST_COLUMNS if self.fields is None else self.fields
         self._notices = ColumnNotices(
             self.warn, REQUEST_COLUMNS, told_which=self.fields is not None
@@ -127,8 +128,8 @@ class RowParser:
         except RequestError as error:
             error = type(error)(f"line {number}: {error}")
             name = request_id(_with_text_id(found.read), index)
-            return Row(index, found.shown, name, error, mark)
-        return Row(index, found.shown, request.id, request, mark, as_json)
+            return Row(index, self._shown(found), name, error, mark)
+        return Row(index, self._shown(found), request.id, request, mark, as_json)
 
     def fingerprint(self, line: bytes | None) -> str:
         """That of the row which `parse` makes of the line, wherever it is."""
@@ -149,6 +150,16 @@ class RowParser:
         options = {name: value for name, value in self._options.items() if name not in own}
         taken = None if self.fields is None else self.fields & found.read.keys()
         return row_fingerprint(found.shown, options, taken)
+
+    def _shown(self, found: LineColumns) -> Mapping[str, Any]:
+        """The columns to write. Where ids are numbers, a text for one without would make the
+        column one of two types, which readers of tables refuse."""
+        given = found.shown.get("id")
+        if given is not None:
+            self._has_numbers_as_ids = isinstance(given, int) and not isinstance(given, bool)
+        elif self._has_numbers_as_ids:
+            return {"id": RawJson("null"), **{k: v for k, v in found.shown.items() if k != "id"}}
+        return found.shown
 
     def _fields(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Those that are the request's."""
