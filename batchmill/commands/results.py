@@ -14,7 +14,7 @@ from queue_api.datasets.columns import dump_row, output_row
 from queue_api.datasets.fingerprint import result_fingerprint
 from queue_api.datasets.formats.jsonl import RowWriter
 from queue_api.store.runs import RunStatus
-from queue_api.wire.errors import DatasetError, RunIncompleteError
+from queue_api.wire.errors import DatasetError, RowsFailedError, RunIncompleteError
 
 __all__ = ["results"]
 
@@ -57,6 +57,8 @@ def results(
             f"{status.done - written} results of run {run!r} are no longer in Redis: "
             "they were written to the output of the `batchmill run` that it belongs to"
         )
+    if 0 < status.done == status.finish_reasons.get("error"):
+        raise RowsFailedError(f"all {status.done} requests of run {run!r} ended with an error")
 
 
 async def _write_results(run: Run, mark: str, writer: RowWriter, *, follow: bool) -> None:

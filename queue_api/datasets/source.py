@@ -16,7 +16,7 @@ from queue_api.datasets.formats.jsonl_lines import (
     open_input,
     read_block,
 )
-from queue_api.datasets.formats.unreadable import check_format, why_unreadable
+from queue_api.datasets.formats.unreadable import LINE_BYTES, check_format, why_unreadable
 from queue_api.wire.errors import DatasetError, RequestError
 from queue_api.wire.schemas import SamplingParams
 
@@ -75,7 +75,7 @@ class RowSource:
                     return
                 if len(seen) < LOOK_AT_ROWS:
                     seen.append(row)
-                    first_lines.append(None if line is None else line[:LOOK_AT_ROWS])
+                    first_lines.append(None if line is None else line[:LINE_BYTES])
             is_enough = num_rows >= LOOK_AT_ROWS or num_bytes >= LOOK_AT_BYTES
             if not block or (is_enough and not self.is_file):
                 break

@@ -15,9 +15,11 @@ from queue_api.wire.foreign_fields import INSTEAD
 if TYPE_CHECKING:
     from queue_api.datasets.columns import Row
 
-__all__ = ["check_format", "why_unreadable"]
+__all__ = ["LINE_BYTES", "check_format", "why_unreadable"]
 
 MOST_COLUMNS_SHOWN = 20
+LINE_BYTES = 1000
+"""So much of each line is looked at."""
 _MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x1f\x8b": ("gzip", "unpack it: gunzip -c {} | batchmill … -"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -dc {} | batchmill … -"),
@@ -127,7 +129,8 @@ def _header(lines: Sequence[bytes]) -> list[str]:
 
 
 def _is_text(line: bytes) -> bool:
-    return "\ufffd" not in line.decode(errors="replace")[:-1] and b"\0" not in line
+    text = line.decode(errors="replace").rstrip("\ufffd" if len(line) >= LINE_BYTES else "")
+    return "\ufffd" not in text and "\0" not in text
 
 
 def _is_json(line: bytes) -> bool:
