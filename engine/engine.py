@@ -278,6 +278,7 @@ class Engine:
     def close(self) -> None:
         """Stop the stages' threads and let go of weights and cache; requests are dropped."""
         self._is_closed = True
+        self._grammars.close()
         self.pipeline.close()
         self.stages = ()
         self._sequences.clear()

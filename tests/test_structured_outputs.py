@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from kits.engine_models import requests, tiny_model
+from kits.worker_kit import until
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
@@ -105,6 +109,66 @@ def test_what_a_grammar_leaves_out_is_found_in_the_text(engine: Engine) -> None:
             jsonschema.validate(json.loads(completion.text), unique)
 
 
+STRINGS = {"type": "string"}
+PATTERNS: dict[str, dict[str, Any]] = {
+    "look-ahead": {**STRINGS, "pattern": "^(?=.*c)[a-c]{1,3}$"},
+    "look-behind": {**STRINGS, "pattern": "^[a-c]{1,3}(?<!a)$"},
+    "beside an enum": {**STRINGS, "enum": ["aa", "bb"], "pattern": "^a+$"},
+    "beside a format": {**STRINGS, "format": "ipv4", "pattern": "^1"},
+    "two of allOf": {"allOf": [{**STRINGS, "pattern": "^[ab]{2}$"}, {"pattern": "^a"}]},
+    "not": {**STRINGS, "maxLength": 3, "not": {"pattern": "[a-e]"}},
+    "without a type": {"enum": ["a", "b", 1], "pattern": "^a$"},
+    "beside a reference": {
+        "$ref": "#/$defs/x",
+        "pattern": "^b",
+        "$defs": {"x": {"enum": ["a", "b"]}},
+    },
+    "flags": {**STRINGS, "pattern": "^(?:a|b){1,3}$", "not": {"pattern": "(?i)A"}},
+    "of properties": {
+        "type": "object",
+        "properties": {"aa": {"enum": [1, 20]}},
+        "required": ["aa"],
+        "patternProperties": {"^a+$": {"maximum": 9}},
+        "additionalProperties": False,
+    },
+    "beside lengths": {**STRINGS, "pattern": "^[a-z]+-?[0-9]*$", "minLength": 2, "maxLength": 4},
+}
+
+
+@pytest.mark.parametrize("what", PATTERNS)
+def test_no_pattern_is_taken_for_obeyed_that_isnt(engine: Engine, what: str) -> None:
+    schema = PATTERNS[what]
+    found = set()
+    for completion in generate(engine, {"json": schema}, n=4, temperature=1.5):
+        if completion.error is not None:
+            assert "Lookbehind" in str(completion.error)
+            found.add(False)
+        for sample in completion.samples:
+            if sample.structured_output != "truncated":
+                right = jsonschema.Draft202012Validator(schema).is_valid(json.loads(sample.text))
+                assert (sample.structured_output == "valid") == right, sample.text
+                found.add(right)
+    assert found
+
+
+def test_a_pattern_ends_where_the_length_beside_it_does(engine: Engine) -> None:
+    schema = {**STRINGS, "pattern": r"^[a-z+*\]]+(b*)$", "maxLength": 6}
+    for completion in generate(engine, {"json": schema}, n=4):
+        for sample in completion.samples:
+            assert sample.finish_reason is FinishReason.STOP
+            assert len(json.loads(sample.text)) <= 12
+
+
+def test_a_pattern_that_never_ends_costs_its_own_text_only(engine: Engine) -> None:
+    endless = {"allOf": [{**STRINGS, "pattern": "^a{40}$"}, {"pattern": "^(a+)+c$"}]}
+    for _ in range(2):
+        done = generate(engine, {"json": endless})
+        assert {completion.structured_output for completion in done} == {"invalid"}
+    fine = {**STRINGS, "pattern": "^(?=a)[ab]{2}$"}
+    found = {c.structured_output for c in generate(engine, {"json": fine}, n=8)}
+    assert found <= {"valid", "invalid"}
+
+
 def test_other_requests_in_the_batch_are_as_ever(engine: Engine) -> None:
     plain = requests(PROMPTS, max_tokens=20)
     formed = requests(PROMPTS, max_tokens=20, structured_outputs={"regex": "[xyz]+"})
@@ -147,6 +211,8 @@ def test_a_successor_goes_on_within_the_grammar(engine: Engine) -> None:
         ({"json": {"type": "foo"}}, r"at \['type'\].*foo"),
         ({"json": {"$ref": "#/$defs/none"}}, "none"),
         ({"grammar": "other ::= x"}, "root"),
+        ({"regex": "a(?!b)[a-c]"}, "Lookahead"),
+        ({"json": {"type": "string", "pattern": "(?<x>a)"}}, "is not a 'regex'"),
     ],
 )
 def test_a_wrong_grammar_fails_its_request_alone(
@@ -161,6 +227,53 @@ def test_a_wrong_grammar_fails_its_request_alone(
         assert isinstance(completion.error, InvalidRequestError)
         assert re.search(message, str(completion.error))
     assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def slow(number: int) -> dict[str, Any]:
+    """Takes minutes to compile."""
+    names = {f"{number}-{i}": {"type": "string"} for i in range(2000)}
+    return {"json": {"type": "object", "properties": names}}
+
+
+def test_grammars_that_never_end_keep_no_others_from_being_compiled() -> None:
+    pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
+    engine = MODEL.engine(max_num_seqs=8)
+    engine._grammars.compile_limit_s = 3.0
+    before = threading.active_count()
+    for number in range(3):
+        (request,) = requests(PROMPTS[:1], structured_outputs=slow(number))
+        engine.add(f"slow{number}", request)
+    for number in range(120):
+        (request,) = requests(PROMPTS[:1], structured_outputs={"regex": f"[ab]{{3}}{number}"})
+        engine.add(str(number), request)
+    assert threading.active_count() <= before + 2
+    done = run(engine)
+    engine.close()
+    for number in range(3):
+        assert "longer than 3 s" in str(done[f"slow{number}"].error)
+    for number in range(120):
+        completion = done[str(number)]
+        assert completion.error is None
+        assert re.fullmatch(f"[ab]{{3}}{number}", completion.text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_what_compiles_ends_with_its_engine() -> None:
+    pytest.importorskip("xgrammar", reason="needs the extra 'structured'")
+    before = children_of(os.getpid())
+    engine = MODEL.engine()
+    (request,) = requests(PROMPTS[:1], structured_outputs=slow(9))
+    engine.add("slow", request)
+    (lane,) = engine._grammars._lanes
+    until(lambda: lane.busy_since < float("inf"))  # amid it
+    (process,) = children_of(os.getpid()) - before
+    engine.close()
+    until(lambda: process not in children_of(os.getpid()), patience_s=20)
+
+
+def children_of(pid: int) -> set[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for path in lists for child in path.read_text().split()}
 
 
 def test_a_grammar_that_takes_too_long_doesnt_hold_up_others() -> None:

@@ -1,25 +1,23 @@
 """Whether a JSON text obeys its schema, also in what a grammar can't express.
 
-A grammar leaves out some of a schema (`uniqueItems`, `not`, `$ref` with others beside it, …);
-jsonschema, the reference in Python, judges the finished text.
+A grammar leaves out some of a schema (`uniqueItems`, `not`, `$ref` with others beside it, a
+`pattern` beside an `enum`, look-around in one, …); jsonschema, the reference in Python, judges the
+finished text by all of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from engine.sampling.compile_grammar import NO_SCHEMAS
 from queue_api.wire.errors import InvalidRequestError
 
 __all__ = ["JsonCheck"]
 
 MAX_RULES = 50_000
-# Python's regular expressions can take exponential time. The grammar sees to patterns, in linear
-# time.
-_PATTERNS = frozenset({"pattern", "patternProperties"})
-_BY_PATTERNS = frozenset({"additionalProperties", "unevaluatedProperties"})
 
 
 class _TooMuchError(Exception):
@@ -33,36 +31,41 @@ class JsonCheck:
     schema: dict[str, Any]
     validator: Any
     """The validator class of the schema's draft; 2020-12 unless it names another."""
+    has_patterns: bool
+    """Python's regular expressions may take exponential time over a text: check it where that can
+    be killed."""
 
     @classmethod
     def of(cls, schema: dict[str, Any]) -> JsonCheck:
         """:raises InvalidRequestError: if it isn't a JSON schema"""
-        from jsonschema import Draft202012Validator, SchemaError, validators
+        from jsonschema import SchemaError
 
-        validator = validators.validator_for(schema, default=Draft202012Validator)
+        check = cls.trusted(schema)
         try:
-            validator.check_schema(schema)
+            check.validator.check_schema(schema)
         except SchemaError as error:
             place = "".join(f"[{part!r}]" for part in error.absolute_path)
             raise InvalidRequestError(
                 f"'structured_outputs': 'json' isn't a JSON schema{': at ' if place else ''}"
                 f"{place}: {error.message[:200]}"
             ) from None
-        return cls(schema, validator)
+        return check
+
+    @classmethod
+    def trusted(cls, schema: dict[str, Any]) -> JsonCheck:
+        """Of a schema that `of` found to be one."""
+        from jsonschema import Draft202012Validator, validators
+
+        validator = validators.validator_for(schema, default=Draft202012Validator)
+        return cls(schema, validator, any(True for _ in _patterns(schema)))
 
     def passes(self, text: str) -> bool:
         """False also where the check would take too long, or can't be made."""
         from jsonschema import validators
         from referencing import Registry
 
-        left_out = _PATTERNS
-        if '"patternProperties"' in json.dumps(self.schema):
-            left_out |= _BY_PATTERNS
         budget = [MAX_RULES]
-        rules = {
-            name: _passed if name in left_out else _counted(rule, budget)
-            for name, rule in self.validator.VALIDATORS.items()
-        }
+        rules = {name: _counted(rule, budget) for name, rule in self.validator.VALIDATORS.items()}
         checker = validators.extend(self.validator, rules)
         try:
             # an empty registry: nothing is fetched
@@ -71,8 +74,21 @@ class JsonCheck:
             return False
 
 
-def _passed(*_: Any) -> None:
-    """A rule that isn't checked."""
+def _patterns(schema: object) -> Iterator[str]:
+    """Every regular expression in a schema."""
+    stack = [schema]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack += node
+        elif isinstance(node, dict):
+            for name, value in node.items():
+                if name == "pattern" and isinstance(value, str):
+                    yield value
+                elif name == "patternProperties" and isinstance(value, dict):
+                    yield from value
+                if name not in NO_SCHEMAS:
+                    stack.append(value)
 
 
 def _counted(rule: Callable[..., Any], budget: list[int]) -> Callable[..., Any]:
