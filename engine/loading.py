@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
+from engine.control_group import default_threads
 from engine.models.checkpoint import Checkpoint
 from engine.models.generation_config import ModelGeneration
 from engine.models.slicing import load_config, resolve_dtype
@@ -133,7 +134,8 @@ def make_pipeline(config: EngineConfig, stages: Sequence[Stage]) -> Pipeline:
     inline = len({stage.device for stage in stages}) == 1
     if config.pipeline != "auto":
         inline = config.pipeline == "inline"
-    return (InlinePipeline if inline else ThreadedPipeline)(stages, config.num_threads)
+    num_threads = config.num_threads or default_threads()
+    return (InlinePipeline if inline else ThreadedPipeline)(stages, num_threads)
 
 
 def shares_prefixes(config: EngineConfig, stages: Sequence[Stage]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 from engine.config import EngineConfig
+from engine.control_group import default_threads
 from engine.loading import check_devices, length_limit
 from engine.models.checkpoint import Checkpoint
 from engine.models.slicing import load_config, resolve_dtype
@@ -146,7 +147,7 @@ def _threads(config: EngineConfig) -> tuple[bool, int]:
     is_inline = len(set(config.devices)) == 1
     if config.pipeline != "auto":
         is_inline = config.pipeline == "inline"
-    total = config.num_threads or torch.get_num_threads()
+    total = config.num_threads or default_threads()
     return is_inline, total if is_inline else max(1, total // len(config.devices))
 
 

@@ -25,6 +25,7 @@ from batchmill.commands.options import (
 )
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
+from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
@@ -163,8 +164,5 @@ def _given_redis_url(flag: str | None) -> str | None:
 
 
 def _threads_each(num_workers: int) -> int | None:
-    """This machine's cores shared out among its workers: more threads than cores fight."""
-    if not num_workers:
-        return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // num_workers)
+    """The CPUs that there are for us, shared out among the workers: more threads fight."""
+    return max(1, cpus_allowed() // num_workers) if num_workers else None

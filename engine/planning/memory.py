@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from engine.control_group import memory_left
+
 __all__ = [
     "CACHE_SHARE",
     "anonymous_bytes",
@@ -21,7 +23,7 @@ CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes free on a device; on the CPU, within the control group's limit if there is one."""
+    """Bytes free on a device; on the CPU, within the container's limit if there is one."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         # What torch keeps of memory that was freed, as by the check of a stage, is ours as well.
@@ -33,13 +35,8 @@ def available_bytes(device: torch.device) -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass  # not Linux
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no control group, or "max"
-        return free
-    return max(0, min(free, limit - used))
+    left = memory_left()
+    return free if left is None else min(free, left)
 
 
 def fitting_slots(stages: Iterable[tuple[torch.device, int]]) -> int | None:

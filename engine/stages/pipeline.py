@@ -100,7 +100,7 @@ class InlinePipeline:
         self.trace: StageTrace | None = None
         self._stages = stages
         self._submitted: deque[ForwardBatch] = deque()
-        if num_threads is not None:
+        if num_threads is not None and num_threads != torch.get_num_threads():
             torch.set_num_threads(num_threads)
 
     @property

@@ -35,7 +35,7 @@ HOUSE: dict[str, list[tuple[str, ...]]] = {
         ("attention",),
         ("kernels",),
         ("demo_model",),
-        ("config", "plan", "batch", "transfer", "metrics", "__init__"),
+        ("config", "control_group", "plan", "batch", "transfer", "metrics", "__init__"),
     ],
     "queue_api": [
         ("datasets",),
