@@ -9,7 +9,6 @@ import redis
 from kits.client_kit import Answerer, rq_queue
 from kits.worker_kit import until
 
-from queue_api.client import chunk_writer
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
 from queue_api.store import jobs
@@ -24,7 +23,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of a job as if they were some thousand bytes."""
     monkeypatch.setattr(jobs, "MAX_PAYLOAD_BYTES", LIMIT)
     monkeypatch.setattr(jobs, "MAX_REQUEST_BYTES", LIMIT - 1024)
-    monkeypatch.setattr(chunk_writer, "MAX_REQUEST_BYTES", LIMIT - 1024)
 
 
 @pytest.mark.usefixtures("small")
@@ -69,6 +67,25 @@ def test_single_requests_of_a_large_chunk_are_cancelled_and_sent_again_when_lost
             run = await client.submit(prompts, "s", chunk_size=8)
             assert await run.cancel() == 8
             assert rq_queue(connection).job_ids == []
+
+    asyncio.run(main())
+
+
+def test_what_no_worker_would_read_is_refused_where_it_is_made(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    # metadata that is small in bytes is fine; so many lists among all of a chunk aren't
+    brackets = "[" * (2**19 + 1)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            with pytest.raises(RequestTooLargeError, match=r"'\['.*limit is 1048576"):
+                await client.generate(brackets * 2)
+            run = await client.submit([brackets, brackets, "short", brackets * 2], "r")
+            assert rq_queue(connection).job_ids == ["r-i0", "r-i1", "r-i2"]
+            answerer.answer()
+            got = {r.index: r.error and r.error.code async for r in run.results()}
+            assert got == {0: None, 1: None, 2: None, 3: "request_too_large"}
 
     asyncio.run(main())
 

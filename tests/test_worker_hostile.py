@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import socket
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.utils import now, utcformat
 
 from queue_api.connection.connect import connect_async
-from queue_api.store.jobs import GENERATE, MAX_PAYLOAD_BYTES
+from queue_api.store.jobs import GENERATE, MAX_PAYLOAD_BYTES, JobPayloadError, decode_chunk
 from queue_api.store.keys import RunKeys
 from queue_api.store.scripts import Scripts
 from workers.leases import MOST_LOOKS_PER_CLAIM, Leases
@@ -165,6 +166,36 @@ def nested(depth: int) -> Any:
     for _ in range(depth):
         value = [value]
     return value
+
+
+MANY = {
+    "lists": b'[0,{"id":"a","prompt":"x","metadata":{"a":[' + b"[]," * 2_000_000 + b"0]}}]",
+    "items": b"[0,1]," * 2_000_000 + b"[0,1]",
+    "numbers": b'[0,{"id":"a","prompt":[' + b"1," * 8_000_000 + b"0]}]",
+    "fields": b"[0,{" + b",".join(b'"%d":0' % i for i in range(3_000_000)) + b"}]",
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_small_job_of_millions_of_values_is_refused_unread(what):
+    body = b'["batchmill.generate",null,[],{"requests":[' + MANY[what] + b"]}]"
+    assert len(body) < MAX_PAYLOAD_BYTES
+    # parsing it would make objects by the million: none is made
+    tracemalloc.start()
+    try:
+        with pytest.raises(JobPayloadError, match="the limit is"):
+            decode_chunk("job", zlib.compress(body, 9))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(body)
+
+
+def test_a_job_of_long_prompts_is_read():
+    ids = list(range(100, 50_100))
+    requests = [[i, {"id": str(i), "prompt": ids}] for i in range(32)]
+    chunk = decode_chunk("job", packed(GENERATE, None, [], {"requests": requests}))
+    assert [len(item["prompt"]) for _, item in chunk.items] == [50_000] * 32
 
 
 def test_bad_requests_are_error_results_and_harmless_ones_are_served(connection, start_worker):

@@ -11,8 +11,8 @@ from queue_api.store.bitmap import Bitmap
 from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL, EnqueueCall
 from queue_api.store.jobs import (
-    MAX_REQUEST_BYTES,
     chunk_job_id,
+    fit_together,
     request_json,
     single_job_id,
     too_large,
@@ -148,7 +148,7 @@ class ChunkWriter:
 
     def _jobs(self, number: int, chunk: list[tuple[int, bytes]]) -> Iterator[EnqueueCall]:
         """What enqueues these requests of a chunk."""
-        if sum(len(as_json) for _, as_json in chunk) <= MAX_REQUEST_BYTES:
+        if fit_together([as_json for _, as_json in chunk]):
             yield self._template.call(chunk_job_id(self._run, number), self._run, chunk)
             return
         for index, as_json in chunk:

@@ -37,6 +37,7 @@ __all__ = [
     "chunk_job_id",
     "chunk_payload",
     "decode_chunk",
+    "fit_together",
     "parse_item",
     "parse_items",
     "request_from_fields",
@@ -54,6 +55,9 @@ MAX_PAYLOAD_BYTES = 64 * 2**20
 """A job's data may not unpack to more than this; a zip bomb ends as a failed job."""
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES - 4096
 """A request's JSON may not take more: nobody could read the job that holds it."""
+MAX_MARKS = ((b"[{", 2**20), (b",", 6 * 2**20), (b'"', 4 * 2**20))
+"""How often these may stand in a job's JSON, in its texts or between its values: some 60 KiB can
+unpack to so many values that nothing else is done for seconds while they are read."""
 MAX_REQUESTS_PER_JOB = 1024
 _REQUESTS = TypeAdapter(list[GenerationRequest])
 
@@ -123,11 +127,32 @@ def chunk_payload(run: str, items: Iterable[tuple[int, bytes]]) -> bytes:
 
 def too_large(as_json: bytes) -> RequestTooLargeError | None:
     """What is wrong with a request of this JSON, if no job could hold it."""
-    if len(as_json) <= MAX_REQUEST_BYTES:
-        return None
-    return RequestTooLargeError(
-        f"the request takes {len(as_json)} bytes as JSON; the limit is {MAX_REQUEST_BYTES}"
-    )
+    if len(as_json) > MAX_REQUEST_BYTES:
+        return RequestTooLargeError(
+            f"the request takes {len(as_json)} bytes as JSON; the limit is {MAX_REQUEST_BYTES}"
+        )
+    if (excess := too_many_marks([as_json])) is not None:
+        return RequestTooLargeError(f"the request has {excess}, as JSON")
+    return None
+
+
+def fit_together(parts: Sequence[bytes]) -> bool:
+    """Whether requests of this JSON may be in one job."""
+    return sum(map(len, parts)) <= MAX_REQUEST_BYTES and too_many_marks(parts) is None
+
+
+def too_many_marks(parts: Sequence[bytes]) -> str | None:
+    """What there is too much of in a job of this JSON, in words."""
+    size = sum(map(len, parts))
+    for marks, most in MAX_MARKS:
+        if size > most:  # else there can't be so many
+            found = sum(
+                part.count(mark) for part in parts for mark in (marks[:1], marks[1:]) if mark
+            )
+            if found > most:
+                shown = " or ".join(repr(chr(mark)) for mark in marks)
+                return f"{found} of {shown}; the limit is {most}"
+    return None
 
 
 def request_json(request: GenerationRequest) -> bytes:
@@ -170,6 +195,8 @@ def decode_chunk(job_id: str, data: bytes) -> Chunk:
         raw = unpacker.decompress(data, MAX_PAYLOAD_BYTES)
         if unpacker.unconsumed_tail:
             raise JobPayloadError(f"job data unpacks to more than {MAX_PAYLOAD_BYTES} bytes")
+        if (excess := too_many_marks([raw])) is not None:
+            raise JobPayloadError(f"job data has {excess}")
         name, _, args, kwargs = json.loads(raw)
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise JobPayloadError(

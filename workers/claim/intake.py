@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic
 
 import redis.asyncio as aredis
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 SUSPENDED_S = 0.5
 """How often to look whether a suspension has ended."""
 FRESH_S = 2.0
+YIELD_S = 0.05
+"""So long reading jobs may keep the event loop from its other work, but for a single large one."""
 
 
 class Intake:
@@ -97,7 +99,7 @@ class Intake:
 
     async def _take(self, leases: Sequence[Lease]) -> None:
         """Hold these jobs, leave out what has a result already, and start the rest."""
-        jobs = [job for job in self._runner.hold(leases) if self._read(job)]
+        jobs = await self._read_all(self._runner.hold(leases))
         # a run cancelled a moment ago is noticed by the next heartbeat
         self._looked_up = {r: t for r, t in self._looked_up.items() if t > monotonic() - FRESH_S}
         old = [job for job in jobs if not job.lease.is_first or self._may_be_cancelled(job)]
@@ -123,6 +125,17 @@ class Intake:
                 self._runner.split_suspects(job, job.run)
             else:
                 self._runner.start(job, partial)
+
+    async def _read_all(self, held: Iterable[ActiveJob]) -> list[ActiveJob]:
+        """Read the jobs and leave out those that end here; leases are renewed in between."""
+        jobs, yielded_at = [], monotonic()
+        for job in held:
+            if self._read(job):
+                jobs.append(job)
+            if monotonic() - yielded_at > YIELD_S:
+                await asyncio.sleep(0)
+                yielded_at = monotonic()
+        return jobs
 
     def _may_be_cancelled(self, job: ActiveJob) -> bool:
         return job.age_s > FRESH_S and job.run not in self._looked_up
