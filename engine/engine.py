@@ -36,7 +36,7 @@ from engine.requests.samples import SampleGroups
 from engine.requests.scores import score_prompts
 from engine.requests.sequence import Sequence, seed_from_key
 from engine.sampling.logits import LogitsChange
-from engine.sampling.logprobs import logprobs_of
+from engine.sampling.logprobs import check_amount, logprobs_of
 from engine.sampling.sampler import NO_TOKEN, choose_tokens
 from engine.sampling.structured import Grammars
 from engine.scheduling.batch_budget import BatchBudget
@@ -153,6 +153,7 @@ class Engine:
         seed = seed_from_key(seed_key or key) if sampling.seed is None else sampling.seed
         applied = self._defaults.applied(sampling, prompt)
         sampling = applied.sampling
+        check_amount(sampling, len(prompt), sampling.max_tokens)
         change = LogitsChange.of(sampling, self.tokenizer, applied.processors)
         if sampling.structured_outputs is not None:
             self._grammars.order(sampling.structured_outputs)

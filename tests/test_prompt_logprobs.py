@@ -12,6 +12,7 @@ from kits.engine_models import EOS, VOCAB, make_model, mixed_prompts, requests, 
 
 from engine.engine import Engine
 from engine.requests.completion import Completion
+from queue_api.wire.errors import RequestTooLargeError
 
 PROMPTS = mixed_prompts(6)
 
@@ -88,3 +89,25 @@ def test_with_samples_logprobs_and_a_successor() -> None:
         done += engine.step()
     assert done[0].token_ids == model.greedy(prompt)[:6]
     check(done[0], prompt, model.logits(prompt).log_softmax(-1), 0)
+
+
+@pytest.mark.parametrize(
+    "much",
+    [
+        {"logprobs": 4, "max_tokens": 21},
+        {"logprobs": 0, "n": 6, "max_tokens": 20, "temperature": 1.0},
+        {"prompt_logprobs": 20, "max_tokens": 1},
+    ],
+)
+def test_more_log_probabilities_than_a_result_can_hold_are_refused(
+    monkeypatch: pytest.MonkeyPatch, much: dict[str, Any]
+) -> None:
+    engine = tiny_model("llama").engine()
+    monkeypatch.setattr("engine.sampling.logprobs.MOST", 100)
+    prompt = [5] * 10
+    (refused,) = requests([prompt], **much)
+    with pytest.raises(RequestTooLargeError, match="limit is 100"):
+        engine.add("much", refused)
+    for fine in ({"logprobs": 4, "max_tokens": 20}, {"n": 6, "max_tokens": 20, "temperature": 1.0}):
+        (completion,) = engine.generate(requests([prompt], **fine))
+        assert completion.error is None

@@ -8,12 +8,36 @@ from dataclasses import dataclass
 import torch
 
 from engine.models.tokenizer import Tokenizer
+from queue_api.wire.errors import RequestTooLargeError
+from queue_api.wire.sampling import SamplingParams
 from queue_api.wire.schemas import TokenLogprob, TokenLogprobs
 
-__all__ = ["Chosen", "chosen_among", "described", "logprobs_of"]
+__all__ = ["Chosen", "check_amount", "chosen_among", "described", "logprobs_of"]
+
+MOST = 2**20
+"""Of one request: some 100 MB of its result, and several times as much memory while it runs."""
 
 # JSON has no infinity; what stands for it is vLLM's and OpenAI's.
 _LEAST = -9999.0
+
+
+def check_amount(sampling: SamplingParams, num_prompt: int, num_new: int) -> None:
+    """Refuse a request that may ask for more log-probabilities than a result can hold.
+
+    :param num_prompt: tokens of its prompt
+    :param num_new: tokens that a sample of it may get
+    :raises RequestTooLargeError: there may be more than a result can hold
+    """
+    amount = 0
+    if sampling.logprobs is not None:
+        amount += sampling.n * num_new * (1 + sampling.logprobs)
+    if sampling.prompt_logprobs is not None:
+        amount += num_prompt * (1 + sampling.prompt_logprobs)
+    if amount > MOST:
+        raise RequestTooLargeError(
+            f"the result may hold {amount} log-probabilities ('n' is {sampling.n}, 'max_tokens' "
+            f"{num_new}, and the prompt has {num_prompt} tokens); the limit is {MOST}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
