@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -146,9 +147,13 @@ def followed(kind: str, prompt: list[int], new: list[int]) -> str:
 
 
 def is_text_so_far(text: str, whole: str) -> bool:
-    """All but tokens at the end that may yet become a character."""
-    left = whole.removeprefix(text)
-    return whole.startswith(text) and len(left) <= 3 and not left.strip(REPLACEMENT)
+    """All of it but a character that lacks its end.
+
+    But for a first blank that the tokenizer drops, and U+FFFD that a prompt shows already of whose
+    bytes it holds the first.
+    """
+    text = text.rstrip(REPLACEMENT)
+    return any((more + whole).rstrip(REPLACEMENT) == text for more in ("", " ", REPLACEMENT))
 
 
 # ------------------------------------------------------------------------------------------ text
@@ -191,7 +196,6 @@ def test_any_byte_tokens_have_the_text_that_transformers_gives(data: st.DataObje
     expected = added_text(llama_2(), prompt, new)
     if expected is not None:
         assert Detokenizer(ours("llama_2"), prompt).text(new) == expected
-    followed("llama_2", prompt, new)
 
 
 @pytest.mark.parametrize("kind", ["llama_2", "metaspace"])
@@ -220,9 +224,7 @@ def test_a_token_costs_the_same_in_any_text(kind: str, monkeypatch: pytest.Monke
         sizes.clear()
         detokenizer.add(token)
         work.append(sum(sizes))
-    assert max(work) < 1000
-    half = len(work) // 2
-    assert sum(work[half:]) < 3 * sum(work[:half])
+    assert max(work) <= 32
 
 
 # ------------------------------------------------------------------------------------------ stops
@@ -372,17 +374,16 @@ def _model(kind: str) -> TinyModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=8)
-@given(data=st.data())
-def test_texts_end_where_generate_ends_them_in_any_batch(kind: str, data: st.DataObject) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_end_where_generate_ends_them_in_any_batch(kind: str, seed: int) -> None:
     """With stop_strings, also behind an earlier run's tokens."""
-    model, plain = _model(kind), KINDS[kind]()
+    model, plain, draw = _model(kind), KINDS[kind](), random.Random(seed)
     prompts = [tokens_of(kind, text) for text in ("def f(x):\n", "0123", "日本 the", "a</s>b")]
     wanted, engine = {}, model.engine(devices=("cpu", "cpu"), max_num_seqs=3, max_batch_tokens=9)
     for number, prompt in enumerate(prompts):
         whole = model.greedy(prompt)
         pieces = [p for t in whole if REPLACEMENT not in (p := plain.decode([t])) and p.strip()]
-        stop = data.draw(st.lists(st.sampled_from(["never", *pieces]), min_size=1, max_size=3))
+        stop = [draw.choice(["never", *pieces]) for _ in range(3)]
         ids = torch.tensor([prompt])
         new = model.reference.generate(
             ids,
@@ -393,7 +394,7 @@ def test_texts_end_where_generate_ends_them_in_any_batch(kind: str, data: st.Dat
             tokenizer=plain,
         )[0, len(prompt) :].tolist()
         wanted[str(number)] = new
-        begun = new[: data.draw(st.integers(0, len(new) - 1))]
+        begun = new[: draw.randrange(len(new))]
         params = SamplingParams(max_tokens=24, stop=stop)
         request = GenerationRequest(id=str(number), prompt=prompt, sampling=params)
         engine.add(str(number), request, generated=begun)

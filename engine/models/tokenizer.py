@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from engine.models.checkpoint import Checkpoint
 from engine.models.generation_config import ModelGeneration, end_of_text_ids
@@ -21,6 +22,8 @@ __all__ = ["Tokenizer"]
 
 logger = logging.getLogger(__name__)
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 class Tokenizer:
     """A checkpoint's tokenizer, chat template and end-of-text tokens."""
@@ -32,8 +35,8 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self._special_texts = _special_texts(tokenizer)
         self._is_text: dict[int, bool] = {}
-        self.character_endings = _character_endings(tokenizer)
-        """Tokens of bytes of which one row or another would end any character that was begun."""
+        self._byte_alphabet = _byte_alphabet(tokenizer)
+        self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(
@@ -146,6 +149,27 @@ class Tokenizer:
         """How a special token is written; empty for any other."""
         return self._special_texts.get(token_id, "")
 
+    @property
+    def has_bytes(self) -> bool:
+        """Tokens are bytes, so that a text's are those of its tokens, one after the other."""
+        return self._byte_alphabet is not None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's bytes behind another, as transformers' `StopStringCriteria` has them."""
+        if (known := self._token_bytes.get(token_id)) is None:
+            assert self._byte_alphabet is not None
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            if token in self._byte_alphabet:
+                known = bytes([self._byte_alphabet[token]])
+            elif all(character in self._byte_alphabet for character in token):
+                known = bytes(self._byte_alphabet[character] for character in token)
+            else:
+                front = self._tokenizer.encode("a", add_special_tokens=False)
+                both = self._tokenizer.decode([*front, token_id])
+                known = both.removeprefix(self._tokenizer.decode(front)).encode()
+            self._token_bytes[token_id] = known
+        return known
+
     def text_of(self, token_id: int) -> str:
         """The text of one token alone, special ones included."""
         text: str = self._tokenizer.decode([token_id])
@@ -219,18 +243,13 @@ def _special_texts(tokenizer: Any) -> dict[int, str]:
     return texts
 
 
-def _character_endings(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Rows of continuation bytes in the tokenizer's tokens; none if it has no such tokens.
-
-    After any beginning of a UTF-8 character 0x80 or 0xBF may stand, then 0x80 (The Unicode
-    Standard, table 3-7).
-    """
-    alphabets = (("<0x80>", "<0xBF>"), ("\u0122", "\u00bf"))  # byte fallback, GPT-2's byte-level
-    for alphabet in alphabets:
-        ids = tokenizer.convert_tokens_to_ids(list(alphabet))
-        if all(
-            isinstance(i, int) and tokenizer.decode([i]) == "\N{REPLACEMENT CHARACTER}" for i in ids
-        ):
-            low, high = ids
-            return tuple((first, *[low] * more) for more in range(3) for first in (low, high))
-    return ()
+def _byte_alphabet(tokenizer: Any) -> dict[str, int] | None:
+    """What stands for each byte in the tokenizer's tokens; None if they hold characters alone."""
+    byte_level = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_fallback = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    for alphabet in (byte_fallback, byte_level):
+        names = [name for name, byte in alphabet.items() if byte in (0x80, 0xBF)]
+        ids = tokenizer.convert_tokens_to_ids(names)
+        if all(isinstance(i, int) and tokenizer.decode([i]) == _REPLACEMENT for i in ids):
+            return alphabet
+    return None

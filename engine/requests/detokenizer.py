@@ -1,14 +1,16 @@
 """Detokenizer: the text of new tokens as it stands behind their prompt, whole or as it grows.
 
 A token's text depends on its neighbours: tokenizers like Llama 2's drop the blank of the first
-token that they decode, a character may lie in several tokens, and byte tokens are read in runs.
-So new tokens are decoded behind the prompt's last ones, and what these give alone is taken off;
-while a text grows only a window of its last tokens is decoded, so a token costs the same in any
-text. The technique is that of vLLM's `detokenize_incrementally`.
+token that they decode, and a character may lie in several tokens. So new tokens are decoded
+behind the prompt's last ones, and what these give alone is taken off (as in vLLM's
+`detokenize_incrementally`). While a text grows a token costs the same in any text: where tokens
+are bytes those are read on, else a window of the last tokens is decoded.
 """
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from engine.models.tokenizer import Tokenizer
@@ -16,81 +18,60 @@ from engine.models.tokenizer import Tokenizer
 __all__ = ["Detokenizer"]
 
 _OVERLAP = 8
-"""Tokens with text that a window keeps: a character has at most four."""
-_LONGEST_WINDOW = 64
-_MOST_PENDING = 3
-"""Tokens that a character may wait for."""
+"""Tokens with text that a window keeps."""
+_MOST_TOKENS = 4
+"""Of one character."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """The new tokens of one sequence as text. `text` is exact; `add` follows them one by one."""
+    """The new tokens of one sequence as text: `text` at once, `add` one by one."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Seq[int]) -> None:
         self._tokenizer = tokenizer
         self._context = self._tail(prompt)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(self._part(self._context))
+        self._before = self._texts_of_context()
         self._window = list(self._context)
-        self._num_pending = 0
-        self._begun = self._texts_of_context()
-        """The prompt's end as text, and the same without a character that lacks its own end."""
-        self._before: Seq[str] = self._begun
-        """The window's text at the last change, in as many ways; the first that fits counts."""
+        self._shown = self._before[0]
 
-    def text(self, new: Seq[int]) -> str:
+    def text(self, new: Iterable[int]) -> str:
         """What `new` adds to the prompt's text, without special tokens."""
         whole = self._tokenizer.decode([*self._context, *filter(self._tokenizer.is_text, new)])
-        return whole[_common(self._begun, whole)[1] :]
+        for before in self._before:
+            if whole.startswith(before):
+                return whole[len(before) :]
+        return whole[_common(self._before[-1], whole) :]
 
     def add(self, token: int) -> tuple[int, str]:
-        """Take in the next new token; the change that it makes to the text.
+        """Take in the next new token; how it changes the text.
 
-        :returns: how many characters go from the text's end, seldom any, and those that come. A
-            character comes when all of its tokens are there.
+        :returns: how many characters go from the text's end, seldom any, and those that come: a
+            character comes when all of its bytes are there
         """
         if not self._tokenizer.is_text(token):
             return 0, ""
+        if self._tokenizer.has_bytes:
+            return 0, self._decoder.decode(self._tokenizer.token_bytes(token))
         self._window.append(token)
-        shown = self._tokenizer.decode(self._window)
-        if self._is_pending(self._window, shown):
-            self._num_pending += 1
-            return 0, self._in_front_of_part(shown.rstrip(_REPLACEMENT))
-        before, kept = _common(self._before, shown)
-        self._num_pending = 0
-        self._slide(shown)
+        before, shown = self._shown, self._tokenizer.decode(self._window)
+        kept = _common(before, shown)
+        if len(self._window) < 2 * _OVERLAP:
+            self._shown = shown
+        else:
+            self._window = self._window[-_OVERLAP:]
+            self._shown = self._tokenizer.decode(self._window)
         return len(before) - kept, shown[kept:]
-
-    def _in_front_of_part(self, whole: str) -> str:
-        """What a token adds that ends within a character, given the window's whole characters."""
-        before, kept = _common(self._before, whole)
-        if kept < len(before):
-            return ""
-        self._before = (whole,)
-        return whole[kept:]
-
-    def _slide(self, shown: str) -> None:
-        """Begin the window later, where its text goes on being the end of `shown`."""
-        self._before = (shown,)
-        size = len(self._window)
-        if size < 2 * _OVERLAP:
-            return
-        starts = [self._window[-count:] for count in range(_OVERLAP, _OVERLAP + _MOST_PENDING + 1)]
-        ends = [self._tokenizer.decode(start) for start in starts]
-        # not within a character, nor within a run of bytes that isn't text as a whole
-        fits = [place for place, end in enumerate(ends) if end and shown.endswith(end)]
-        if not fits and size >= _LONGEST_WINDOW:
-            fits = [place for place, end in enumerate(ends) if end[:1] != _REPLACEMENT] or [0]
-        if fits:
-            self._window, self._before = starts[fits[0]], (ends[fits[0]],)
 
     def _tail(self, prompt: Seq[int]) -> list[int]:
         """The prompt's last tokens, at least so many that they have text."""
-        count = 0
         tail: list[int] = []
         for token in reversed(prompt):
             if not self._tokenizer.is_text(token):
                 continue
             tail.append(token)
-            count += 1
+            count = len(tail)
             # looked at seldom: at 8, 16, 32, …
             if count >= _OVERLAP and count & (count - 1) == 0:
                 text = self._tokenizer.decode(tail[::-1])
@@ -98,31 +79,31 @@ class Detokenizer:
                     break
         return tail[::-1]
 
+    def _part(self, tokens: Seq[int]) -> bytes:
+        """The bytes that tokens end with of a character that lacks its own end."""
+        if not self._tokenizer.has_bytes:
+            return b""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(b"".join(map(self._tokenizer.token_bytes, tokens[-_MOST_TOKENS:])))
+        return decoder.getstate()[0]
+
     def _texts_of_context(self) -> Seq[str]:
+        """The prompt's end as text, and without that part, the longest first."""
         context = self._context
-        texts = [self._tokenizer.decode(context)]
-        for count in range(len(context) - 1, max(-1, len(context) - 1 - _MOST_PENDING), -1):
-            if not self._is_pending(context[: count + 1], texts[-1]):
-                break
-            texts.append(self._tokenizer.decode(context[:count]))
-        return texts[0], texts[-1]
-
-    def _is_pending(self, tokens: Seq[int], text: str) -> bool:
-        """True if `text`, that of `tokens`, ends with a part of a character."""
-        if not text.endswith(_REPLACEMENT) or self._num_pending >= _MOST_PENDING:
-            return False
-        endings = self._tokenizer.character_endings
-        if not endings:
-            return False
-        decoded = (self._tokenizer.decode([*tokens, *ending]) for ending in endings)
-        return any(not text.endswith(_REPLACEMENT) for text in decoded)
+        shown = self._tokenizer.decode(context)
+        if not self._part(context):
+            return [shown]
+        count = len(context)
+        while count and self._part(context[:count]):
+            count -= 1
+        # bytes that follow others may be read as a whole, so both aren't always the same
+        without = {shown.rstrip(_REPLACEMENT), self._tokenizer.decode(context[:count])}
+        return sorted({shown, *without}, key=len, reverse=True)
 
 
-def _common(before: Seq[str], shown: str) -> tuple[str, int]:
-    """The first of `before` that `shown` begins with, else the last, and how much is common."""
-    for text in before:
-        if shown.startswith(text):
-            return text, len(text)
-    last = before[-1]
-    pairs = enumerate(zip(last, shown, strict=False))
-    return last, next((i for i, (a, b) in pairs if a != b), min(len(last), len(shown)))
+def _common(before: str, after: str) -> int:
+    """With how many characters both begin."""
+    if after.startswith(before):
+        return len(before)
+    pairs = enumerate(zip(before, after, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))

@@ -23,7 +23,7 @@ class StopSearch:
     """Follows one text and looks for stop strings in what each token adds.
 
     A stop string counts that stands in the text, or in the text with special tokens written out,
-    as `transformers.generate` looks for its `stop_strings`. Parts of characters aren't text.
+    as `transformers.generate` looks for its `stop_strings`. A part of a character isn't text.
     """
 
     def __init__(
@@ -34,23 +34,29 @@ class StopSearch:
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop = stop
         self._min_tokens = min_tokens
+        self._tokens: list[int] = []
         self._pieces: list[str] = []
-        self._plain = _Tail(max(map(len, stop)))
-        """The text, without special tokens."""
-        self._written = _Tail(max(map(len, stop)))
+        longest = max(map(len, stop))
+        self._plain = _Tail(longest)
+        """The text's end, without special tokens."""
+        self._written = _Tail(longest)
         """The same with them."""
-        self.num_read = 0
+
+    @property
+    def num_read(self) -> int:
+        """Tokens taken in."""
+        return len(self._tokens)
 
     def read(self, tokens: Seq[int]) -> FoundStop | None:
         """Take in the next tokens; what is found, where the text begins with it soonest."""
         for token in tokens:
-            self.num_read += 1
+            self._tokens.append(token)
             special = self._tokenizer.special_text(token)
             drop, added = self._detokenizer.add(token)
-            self._take(drop, added)
-            self._plain.change(drop, added)
-            self._written.change(drop, added)
-            self._written.add_special(special)
+            self._change(drop, added)
+            for tail in (self._plain, self._written):
+                tail.change(drop, added)
+            self._written.append(special, is_special=True)
             if self.num_read <= self._min_tokens:
                 self._plain.pass_over()
                 self._written.pass_over()
@@ -58,29 +64,36 @@ class StopSearch:
                 return found
         return None
 
+    def _change(self, drop: int, added: str) -> None:
+        while drop and self._pieces:
+            last = self._pieces.pop()
+            if len(last) > drop:
+                self._pieces.append(last[:-drop])
+            drop = max(0, drop - len(last))
+        self._pieces.append(added)
+
     def _find(self) -> FoundStop | None:
+        tails = [self._plain]
+        if self._written.has_special:
+            tails.append(self._written)
         places = [
             (*place, string)
-            for tail in (
-                (self._plain, self._written) if self._written.has_specials else (self._plain,)
-            )
+            for tail in tails
             for string in self._stop
             if (place := tail.find(string)) is not None
         ]
         if not places:
             return None
         back, _, string = max(places, key=lambda place: place[:2])
-        text = "".join(self._pieces)
-        return FoundStop(text[: len(text) - back], string)
+        return FoundStop(self._text_before(back), string)
 
-    def _take(self, drop: int, added: str) -> None:
-        while drop and self._pieces:
-            last = self._pieces.pop()
-            if len(last) > drop:
-                self._pieces.append(last[:-drop])
-            drop = max(0, drop - len(last))
-        if added:
-            self._pieces.append(added)
+    def _text_before(self, back: int) -> str:
+        """The text without its last characters, as it is shown."""
+        text = "".join(self._pieces)
+        before, rest = text[: len(text) - back], text[len(text) - back :]
+        shown = self._detokenizer.text(self._tokens)
+        # not so if the tokenizer dropped the blank that a stop string begins with
+        return shown[: len(shown) - len(rest)] if shown.endswith(rest) else before
 
 
 class _Tail:
@@ -90,50 +103,46 @@ class _Tail:
         self._longest = longest
         self._text = ""
         self._is_special = bytearray()  # by character
-        self._new = 0
+        self._num_new = 0
         """Characters at the end that the last token brought."""
-        self._allowed = 0
+        self._num_allowed = 0
         """Characters at the end in which a stop string may end."""
 
     @property
-    def has_specials(self) -> bool:
-        return any(self._is_special)
+    def has_special(self) -> bool:
+        return 1 in self._is_special
 
     def change(self, drop: int, added: str) -> None:
         """Take the text's last `drop` characters off, special tokens excepted, and add some."""
-        keep = max(0, len(self._text) - self._longest)
-        self._text, self._is_special = self._text[keep:], self._is_special[keep:]
-        self._new = 0
+        old = max(0, len(self._text) - self._longest)
+        self._text, self._is_special = self._text[old:], self._is_special[old:]
+        self._num_new = 0
         place = len(self._text)
         while drop and place:
             place -= 1
             if not self._is_special[place]:
+                self._num_allowed -= len(self._text) - place <= self._num_allowed
                 self._text = self._text[:place] + self._text[place + 1 :]
                 del self._is_special[place]
-                self._allowed -= place >= len(self._text) - self._allowed + 1
                 drop -= 1
-        self._allowed = max(0, self._allowed)
-        self._append(added, special=False)
+        self.append(added)
 
-    def add_special(self, text: str) -> None:
-        self._append(text, special=True)
-
-    def _append(self, text: str, *, special: bool) -> None:
+    def append(self, text: str, *, is_special: bool = False) -> None:
         self._text += text
-        self._is_special += bytes([special]) * len(text)
-        self._new += len(text)
-        self._allowed += len(text)
+        self._is_special += bytes([is_special]) * len(text)
+        self._num_new += len(text)
+        self._num_allowed += len(text)
 
     def pass_over(self) -> None:
         """Nothing that ends in what there is now counts."""
-        self._allowed = 0
+        self._num_allowed = 0
 
     def find(self, string: str) -> tuple[int, int] | None:
         """How far the first `string` that ends in what is new begins and ends before the end.
 
         :returns: characters of the text, special tokens not counted; None if it isn't there
         """
-        first_end = len(self._text) - min(self._new, self._allowed) + 1
+        first_end = len(self._text) - min(self._num_new, self._num_allowed) + 1
         begin = self._text.find(string, max(0, first_end - len(string)))
         if begin < 0:
             return None
