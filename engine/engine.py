@@ -52,7 +52,7 @@ from queue_api.wire.errors import (
     PromptTooLongError,
     RequestOutOfMemoryError,
 )
-from queue_api.wire.schemas import GenerationRequest
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 __all__ = ["Engine"]
 
@@ -140,8 +140,9 @@ class Engine:
         if key in self._sequences or key in self._samples:
             raise DuplicateRequestError(f"a request with key {key!r} is already here")
         prompt = self.tokenizer.encode(request)
-        sampling = request.sampling
-        self._check_length(len(prompt), sampling.max_tokens)
+        sampling = self._fitted(request.sampling, len(prompt))
+        if sampling is not request.sampling:
+            generated = generated[: sampling.max_tokens - 1]  # of a worker with more room
         if len(generated) > sampling.max_tokens:
             raise InvalidRequestError(
                 f"resumed with {len(generated)} tokens, max_tokens is {sampling.max_tokens}"
@@ -429,10 +430,26 @@ class Engine:
         if self.scheduler.remove(sequence):
             self.pipeline.release(sequence.number)
 
-    def _check_length(self, num_prompt: int, max_tokens: int) -> None:
-        if num_prompt + max_tokens > self.max_model_len:
-            fits = num_prompt < self.max_model_len
-            raise (MaxTokensTooLargeError if fits else PromptTooLongError)(
-                f"{num_prompt} prompt tokens and max_tokens {max_tokens} make "
-                f"{num_prompt + max_tokens}; this engine takes {self.max_model_len} together"
-            )
+    def _fitted(self, sampling: SamplingParams, num_prompt: int) -> SamplingParams:
+        """With max_tokens cut to what there is room for, where that may be.
+
+        A number that was given is refused if it is too large, unless it may be cut; the default
+        is none that anyone asked for.
+        """
+        room = self.max_model_len - num_prompt
+        if sampling.max_tokens <= room:
+            return sampling
+        may_cut = sampling.truncate_max_tokens or "max_tokens" not in sampling.model_fields_set
+        if may_cut and max(1, sampling.min_tokens) <= room:
+            return sampling.model_copy(update={"max_tokens": room})
+        name, wanted = "max_tokens", sampling.max_tokens
+        if may_cut and sampling.min_tokens:
+            name, wanted = "min_tokens", sampling.min_tokens
+        message = (
+            f"{num_prompt} prompt tokens and {name} {wanted} make {num_prompt + wanted}; "
+            f"this engine takes {self.max_model_len} together"
+        )
+        if room < 1:
+            raise PromptTooLongError(message)
+        hint = "" if may_cut else "; truncate_max_tokens cuts it to what there is room for"
+        raise MaxTokensTooLargeError(message + hint)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from engine.engine import Engine
 from engine.requests.completion import Completion
 from engine.requests.stop_strings import FoundStop, StopSearch
+from queue_api.store.jobs import request_json
 from queue_api.wire.errors import (
     DuplicateRequestError,
     EngineError,
@@ -195,6 +196,38 @@ def test_length_limits_name_the_numbers(engine: Engine) -> None:
     assert caught.value.code == "max_tokens_too_large"
     message = str(caught.value)
     assert "100 prompt tokens and max_tokens 29 make 129; this engine takes 128" in message
+
+
+def test_max_tokens_that_nobody_gave_is_what_there_is_room_for(engine: Engine) -> None:
+    prompt = [5, 6, 7] * 40
+    asked = GenerationRequest(id="r", prompt=prompt, sampling=SamplingParams(ignore_eos=True))
+    (completion,) = engine.generate([asked])
+    assert completion.finish_reason is FinishReason.LENGTH
+    assert completion.token_ids == MODEL.greedy(prompt, 8)
+    as_sent = GenerationRequest.model_validate_json(request_json(asked))
+    assert engine.generate([as_sent])[0].token_ids == completion.token_ids
+    with pytest.raises(MaxTokensTooLargeError):
+        engine.generate([GenerationRequest(id="r", prompt=prompt, sampling={"max_tokens": 128})])
+    with pytest.raises(PromptTooLongError):
+        engine.generate([GenerationRequest(id="r", prompt=[5] * 128)])
+    (full,) = engine.generate([GenerationRequest(id="r", prompt=[5] * 127)])
+    assert full.completion_tokens == 1
+
+
+def test_max_tokens_is_cut_where_a_request_says_so(engine: Engine) -> None:
+    prompt = [5, 6, 7] * 40
+    fields = {"max_tokens": 1000, "truncate_max_tokens": True, "ignore_eos": True}
+    asked = GenerationRequest(id="r", prompt=prompt, sampling=fields)
+    (completion,) = engine.generate([asked])
+    assert completion.token_ids == MODEL.greedy(prompt, 8)
+    # an earlier run's tokens, of a worker that had more room
+    engine.add("k", asked, generated=[*completion.token_ids, 9, 9])
+    assert finish(engine)["k"].token_ids == completion.token_ids
+    with pytest.raises(PromptTooLongError):
+        engine.add("k", GenerationRequest(id="r", prompt=[5] * 128, sampling=fields))
+    least = SamplingParams(**fields, min_tokens=9)
+    with pytest.raises(MaxTokensTooLargeError, match="min_tokens 9"):
+        engine.add("k", GenerationRequest(id="r", prompt=prompt, sampling=least))
 
 
 def test_a_request_that_the_cache_can_never_hold_is_refused() -> None:

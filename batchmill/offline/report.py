@@ -115,6 +115,8 @@ def summary_table(summary: RunSummary) -> Table:
         table.add_row("errors written before", f"{summary.errors_before:,}", "")
     if summary.cancelled:
         table.add_row("cancelled", f"{summary.cancelled:,}", "")
+    if summary.ended_by_length:
+        table.add_row("ended by length", f"{summary.ended_by_length:,}", "")
     table.add_row("prompt tokens", f"{summary.prompt_tokens:,}", "")
     table.add_row("generated tokens", f"{summary.completion_tokens:,}", "")
     table.add_row("tokens/s", f"{summary.tokens_per_s:,.0f}", "")

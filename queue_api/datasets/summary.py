@@ -76,6 +76,8 @@ class RunSummary:
     first_error: str = ""
     """Of those of this process's time."""
     cancelled: int = 0
+    ended_by_length: int = 0
+    """Texts that reached max_tokens, or the model's length."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
@@ -106,6 +108,7 @@ class RunSummary:
         self.rows += 1
         self.errors += result.finish_reason is FinishReason.ERROR
         self.cancelled += result.finish_reason is FinishReason.CANCELLED
+        self.ended_by_length += result.finish_reason is FinishReason.LENGTH
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
         if result.error is not None and not self.first_error:

@@ -72,7 +72,9 @@ class SamplingParams(BaseModel):
     model_config = WIRE
 
     max_tokens: int = Field(default=DEFAULT_MAX_TOKENS, ge=1, lt=2**31, strict=True)
-    """At most so many new tokens."""
+    """At most so many new tokens; not given, no more than the model's length has room for."""
+    truncate_max_tokens: bool = False
+    """Cut max_tokens to what the model's length has room for, where it would be refused."""
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES, strict=True)
     """So many samples, each a text of its own."""
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)

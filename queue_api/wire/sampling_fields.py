@@ -19,6 +19,7 @@ class SamplingFields(TypedDict, total=False):
     """The fields of `SamplingParams`, then other names for some of them."""
 
     max_tokens: int
+    truncate_max_tokens: bool
     n: int
     temperature: float
     top_k: int
