@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from engine.models.chat import render_chat
 from engine.models.checkpoint import Checkpoint
 from engine.models.generation_config import ModelGeneration, end_of_text_ids
 from queue_api.wire.errors import (
@@ -88,7 +89,7 @@ class Tokenizer:
         if isinstance(request.prompt, list):
             tokens = request.prompt
         elif request.messages is not None:
-            tokens = self._tokens(self._render(request), add_special_tokens=False)
+            tokens = self._tokens(render_chat(self._tokenizer, request), add_special_tokens=False)
         else:
             tokens = self._tokens(request.prompt or "", add_special_tokens=True)
         if not tokens:
@@ -115,20 +116,6 @@ class Tokenizer:
         except Exception as error:  # such as half of a surrogate pair
             raise InvalidRequestError(f"{text!r:.40} can't be tokenized: {error}") from error
         return ids
-
-    def _render(self, request: GenerationRequest) -> str:
-        if not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "the model has no chat template; give 'prompt' instead of 'messages'"
-            )
-        messages = [message.model_dump() for message in request.messages or ()]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program of the model's author
-            raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
-        return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids` without special tokens."""

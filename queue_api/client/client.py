@@ -246,5 +246,5 @@ class Client:
 
 def _plain(given: object) -> object:
     if isinstance(given, ChatMessage):
-        return given.model_dump()
+        return given.model_dump(exclude_none=True)
     return dict(given) if isinstance(given, Mapping) else given

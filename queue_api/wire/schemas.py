@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from reprlib import Repr
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,7 +29,7 @@ from pydantic_core import to_json
 from queue_api.wire.errors import GenerationFailedError, InvalidRequestError, RequestError
 from queue_api.wire.foreign_fields import INSTEAD
 from queue_api.wire.sampling import WIRE, SamplingParams, SharedSamplingParams, TokenId
-from queue_api.wire.structured_outputs import StructuredOutputs
+from queue_api.wire.structured_outputs import StructuredOutputs, parsed
 
 __all__ = [
     "ChatMessage",
@@ -87,13 +89,30 @@ def _one_text(content: object) -> object:
     return content
 
 
-class ChatMessage(BaseModel):
-    """One turn of a conversation, to be rendered by the model's chat template."""
+_Json = TypeVar("_Json")
 
-    model_config = WIRE
 
-    role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
+def _fit_for_json(value: _Json) -> _Json:
+    """See that it can be sent, and comes out as it was.
+
+    :raises ValueError: saying why not
+    """
+    try:
+        as_json = to_json(value)
+    except ValueError as error:
+        raise ValueError(f"can't be written as JSON ({str(error)[:80]})") from None
+    if len(as_json) > MAX_METADATA_BYTES:
+        raise ValueError(f"takes {len(as_json)} bytes as JSON; the limit is {MAX_METADATA_BYTES}")
+    if len(as_json) > MAX_DIGITS:
+        try:
+            json.loads(as_json)
+        except ValueError:
+            # it would make the whole job unreadable
+            raise ValueError(
+                f"can't be written as JSON (an integer of more than {MAX_DIGITS} digits)"
+            ) from None
+    _check_readable(as_json)
+    return value
 
 
 def _check_readable(metadata: bytes) -> None:
@@ -114,6 +133,33 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"can't be written as JSON ({name} isn't a number that JSON knows)")
 
 
+class ChatMessage(BaseModel):
+    """One turn of a conversation, to be rendered by the model's chat template."""
+
+    model_config = WIRE
+
+    role: str = Field(min_length=1, max_length=64)
+    content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
+    """May be absent beside `tool_calls`."""
+    name: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], AfterValidator(_fit_for_json)] | None = None
+    """The calls of an assistant's turn, in OpenAI's form."""
+    tool_call_id: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
+    """Which call a tool's turn answers."""
+    reasoning_content: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: object) -> object:
+        """OpenAI's client writes a null for each field that a message hasn't."""
+        if not isinstance(data, Mapping):
+            return data
+        fields = {name: value for name, value in data.items() if value is not None}
+        if fields.get("tool_calls"):
+            fields.setdefault("content", "")
+        return fields
+
+
 class GenerationRequest(BaseModel):
     """One prompt, as text, token ids or chat messages, and how to continue it."""
 
@@ -129,6 +175,17 @@ class GenerationRequest(BaseModel):
         Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
         | None
     ) = None
+    tools: (
+        Annotated[list[dict[str, Any]], BeforeValidator(parsed), AfterValidator(_fit_for_json)]
+        | None
+    ) = None
+    """Functions that the model may call, in OpenAI's form, for the chat template."""
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], BeforeValidator(parsed), AfterValidator(_fit_for_json)] | None
+    ) = None
+    """Variables of the chat template, such as `enable_thinking`."""
+    continue_final_message: bool = False
+    """Continue the last message instead of beginning an answer to it."""
     sampling: SharedSamplingParams = SamplingParams()
     timeout_s: float | None = Field(default=None, gt=0)
     """How long a worker may take for it, waiting its turn in the engine included."""
@@ -143,29 +200,17 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _can_come_back(cls, metadata: dict[str, Any]) -> dict[str, Any]:
         """What can't come back in the result is refused here, not found out afterwards."""
-        try:
-            as_json = to_json(metadata) if metadata else b""
-        except ValueError as error:
-            raise ValueError(f"can't be written as JSON ({str(error)[:80]})") from None
-        if len(as_json) > MAX_METADATA_BYTES:
-            raise ValueError(
-                f"takes {len(as_json)} bytes as JSON; the limit is {MAX_METADATA_BYTES}"
-            )
-        if len(as_json) > MAX_DIGITS:
-            try:
-                json.loads(as_json)
-            except ValueError:
-                # it would make the whole job unreadable
-                raise ValueError(
-                    f"can't be written as JSON (an integer of more than {MAX_DIGITS} digits)"
-                ) from None
-        _check_readable(as_json)
-        return metadata
+        return _fit_for_json(metadata) if metadata else metadata
 
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerationRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either 'prompt' or 'messages', not both and not neither")
+        for name in ("tools", "chat_template_kwargs", "continue_final_message"):
+            if self.messages is None and getattr(self, name):
+                raise ValueError(
+                    f"'{name}' is for a chat template: give 'messages' instead of 'prompt'"
+                )
         if self.prompt == []:
             raise ValueError("'prompt' has no tokens; give at least one")
         return self

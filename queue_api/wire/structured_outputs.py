@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["StructuredOutputs", "from_response_format"]
+__all__ = ["StructuredOutputs", "from_response_format", "parsed"]
 
 MAX_SCHEMA_BYTES = 64 * 2**10
 MAX_SCHEMA_DEPTH = 64
@@ -19,7 +19,7 @@ MAX_CHOICES = 1024
 MAX_CHOICE_CHARS = 512
 
 
-def _parsed(value: object) -> object:
+def parsed(value: object) -> object:
     """Let a schema be a string, as vLLM does."""
     if not isinstance(value, str):
         return value
@@ -33,7 +33,7 @@ def _parsed(value: object) -> object:
 class StructuredOutputs:
     """What a text must match: exactly one of the fields. Names and meanings are vLLM's."""
 
-    json: Annotated[dict[str, Any] | None, BeforeValidator(_parsed)] = None
+    json: Annotated[dict[str, Any] | None, BeforeValidator(parsed)] = None
     """A JSON schema, as an object or a string; the new text is JSON that it accepts."""
     json_object: bool | None = None
     """True: any JSON object."""
