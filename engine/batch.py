@@ -7,7 +7,7 @@ micro-batch could cross a process or a host.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -48,6 +48,8 @@ class Segment:
     first_slot: int
     number: int
     """The sequence's number; keys the caches of a stage that can't pack."""
+    is_long: bool = False
+    """Rotated by LongRoPE's long factors from the text's first token on."""
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class ForwardBatch:
         for first, end in zip(firsts, [*firsts[1:], len(chosen)], strict=True):
             whole = self.segments[bisect.bisect_right(starts, chosen[first]) - 1]
             past = whole.past + chosen[first] - whole.start
-            segments.append(Segment(first, end - first, past, whole.first_slot, whole.number))
+            segments.append(replace(whole, start=first, count=end - first, past=past))
         return ForwardBatch(
             segments=segments,
             token_ids=self.token_ids[tokens],

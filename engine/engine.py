@@ -79,6 +79,7 @@ class Engine:
         self.max_model_len = min(model.max_model_len, slots)
         for stage in model.stages:
             stage.allocate(slots)
+        self._long_rope = model.stages[0].long_rope
         self.pipeline = make_pipeline(config, model.stages)
         allocator = SlotAllocator(slots)
         self._prefixes = PrefixCache(allocator) if shares_prefixes(config, model.stages) else None
@@ -184,6 +185,7 @@ class Engine:
             self._ended.append(complete(sequence, ending, self.tokenizer))
             return
         self._sequences[sequence.key] = sequence
+        sequence.is_long = self._is_long(sequence)
         self.scheduler.add(sequence)
 
     def _take_ready_grammars(self) -> list[Completion]:
@@ -376,7 +378,14 @@ class Engine:
                 continue
             if ending is not None:
                 ended.append(self._end(sequence, ending))
+            elif sequence.is_long != self._is_long(sequence):
+                sequence.is_long = True
+                self.scheduler.recompute(sequence)
         return ended
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        rope = self._long_rope
+        return rope is not None and rope.is_long(sequence.num_prompt, sequence.num_tokens)
 
     def _take_back(self, failed: Round, error: BatchOutOfMemoryError) -> list[Completion]:
         """Let a micro-batch's sequences run again in smaller ones, or end one that was alone in it.

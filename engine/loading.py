@@ -80,7 +80,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         mode=config.generation_defaults,
         device=config.devices[-1],
     )
-    stages = _load_stages(checkpoint, model_config, plan, dtype, config)
+    stages = _load_stages(checkpoint, model_config, plan, dtype, config, max_model_len=limit)
     revision = weight_format(config.quantization).revision(checkpoint.revision)
     logger.info(
         "%s (%s) loaded in %.1f s: layers %s; %s; %s",
@@ -114,6 +114,8 @@ def _load_stages(
     plan: PartitionPlan,
     dtype: torch.dtype,
     config: EngineConfig,
+    *,
+    max_model_len: int,
 ) -> list[Stage]:
     return [
         load_stage(
@@ -122,6 +124,7 @@ def _load_stages(
             spec,
             dtype,
             use_cache=config.use_cache,
+            longest=max_model_len,
             weights=weight_format(config.quantization),
             trust_remote_code=config.trust_remote_code,
         )

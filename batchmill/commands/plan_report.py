@@ -101,7 +101,13 @@ def make_plan(config: EngineConfig, *, measure: bool = False) -> PlanReport:
 
     def load(spec: StageSpec) -> Stage:
         return load_stage(
-            checkpoint, model_config, spec, dtype, weights=weights, trust_remote_code=trust
+            checkpoint,
+            model_config,
+            spec,
+            dtype,
+            longest=limit,
+            weights=weights,
+            trust_remote_code=trust,
         )
 
     if measure:

@@ -53,6 +53,8 @@ class Sequence:
     """It ran, was preempted, and waits to be recomputed."""
     num_overtaken: int = 0
     """How many that arrived later were admitted before it."""
+    is_long: bool = False
+    """LongRoPE's long factors rotate it from its first token on: its cache is another."""
     is_cancelled: bool = False
     admitted_at: float | None = None
     first_token_at: float | None = None

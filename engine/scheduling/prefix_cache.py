@@ -39,6 +39,8 @@ class _Range:
     """Of the range, not of the sequence."""
     first_slot: int
     token_ids: npt.NDArray[np.int64]
+    is_long: bool = False
+    """Its keys are rotated otherwise than those of a text that isn't."""
     num_written: int = 0
     """Tokens from the start whose K and V are in every stage's pool."""
     hashes: list[bytes] = field(default_factory=list)
@@ -51,7 +53,7 @@ class _Range:
         num_blocks = num_tokens // BLOCK
         for i in range(len(self.hashes), num_blocks):
             block = self.token_ids[i * BLOCK : (i + 1) * BLOCK].tobytes()
-            before = self.hashes[-1] if self.hashes else b""
+            before = self.hashes[-1] if self.hashes else b"long" * self.is_long
             # Of a length at which nobody makes two sequences that share one.
             self.hashes.append(hashlib.blake2b(before + block, digest_size=32).digest())
         return self.hashes[:num_blocks]
@@ -88,7 +90,7 @@ class PrefixCache:
         """Take note of the range that a sequence has got."""
         self._num_ranges += 1
         self._running[sequence.number] = _Range(
-            self._num_ranges, sequence.first_slot, sequence.token_ids
+            self._num_ranges, sequence.first_slot, sequence.token_ids, sequence.is_long
         )
 
     def moved(self, sequence: Sequence) -> None:

@@ -40,7 +40,11 @@ class Round:
             past = sequence.num_cached if use_cache else 0
             count = pending if use_cache else sequence.num_tokens
             end = past + count
-            segments.append(Segment(start, count, past, sequence.first_slot, sequence.number))
+            segments.append(
+                Segment(
+                    *(start, count, past, sequence.first_slot, sequence.number), sequence.is_long
+                )
+            )
             sequences.append(sequence)
             ids.append(sequence.token_ids[past:end])
             positions.append(np.arange(past, end))

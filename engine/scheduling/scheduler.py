@@ -177,6 +177,11 @@ class Scheduler:
         older = takewhile(lambda s: s.is_preempted and s.number < sequence.number, self.waiting)
         self.waiting.insert(sum(1 for _ in older), sequence)
 
+    def recompute(self, sequence: Sequence) -> None:
+        """Let a running sequence, not in flight, be computed from its start: its cache is void."""
+        if self.use_cache:
+            self._preempt(sequence)
+
     def computed(self, sequence: Sequence, count: int) -> None:
         """Note that a sequence's micro-batch came back with `count` of its tokens."""
         sequence.in_flight = False

@@ -13,6 +13,7 @@ import torch
 from engine.attention.check import AttentionMismatchError, Heads, check_attention
 from engine.attention.hook import AttentionCall
 from engine.attention.kv_pool import KVShape
+from engine.batch import Segment
 from engine.models.checkpoint import Checkpoint
 from engine.models.cut_check import LayerInputs
 from engine.models.single_cache import SingleCache
@@ -30,8 +31,6 @@ __all__ = ["load_stage"]
 logger = logging.getLogger(__name__)
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Their rotation depends on the longest position in the batch, so on a sequence's neighbours.
-BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def load_stage(
@@ -40,12 +39,14 @@ def load_stage(
     spec: StageSpec,
     dtype: torch.dtype,
     *,
+    longest: int,
     use_cache: bool = True,
     weights: WeightFormat = AS_PUBLISHED,
     trust_remote_code: bool = False,
 ) -> Stage:
     """Load a stage and settle how it runs.
 
+    :param longest: tokens of the longest text
     :param weights: how the layers keep theirs
     :raises UnsupportedModelError: if neither way gives what the model itself gives
     """
@@ -57,7 +58,7 @@ def load_stage(
         name = type(model).__name__
         weights.convert(stage.layers, lays_out=lays_out, where=where, model=name)
         try:
-            ModeChoice(stage).settle(lay_out_weights=lays_out)
+            ModeChoice(stage, longest).settle(lay_out_weights=lays_out)
         except UnsupportedModelError:
             if not lays_out:
                 raise
@@ -78,8 +79,11 @@ class CacheMismatchError(UnsupportedModelError):
 class ModeChoice:
     """The ways to run a stage, one after the other, until one is right."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, longest: int) -> None:
         self._stage = stage
+        self._longest = longest
+        rope = stage.long_rope
+        self._is_long = rope is not None and rope.is_long(PROBE_LENGTH, PROBE_LENGTH)
 
     @torch.inference_mode()
     def settle(self, *, lay_out_weights: bool) -> None:
@@ -91,6 +95,7 @@ class ModeChoice:
         inbound = self._probe_input()
         try:
             expected = self._expected(inbound)
+            self._check_far_positions(inbound)
         except UnsupportedModelError:
             raise
         except Exception as problem:  # any model code may fail in any way
@@ -204,6 +209,40 @@ class ModeChoice:
         out = self._stage.forward(inbound, positions[None], positions, attention_mask=ones)
         return out.reshape(PROBE_LENGTH, -1)[CHECKED_ROWS]
 
+    def _check_far_positions(self, inbound: torch.Tensor) -> None:
+        """See that a token's output doesn't change with the positions of the tokens behind it.
+
+        It would depend on how a text is cut into chunks, and on the texts beside it.
+
+        :raises UnsupportedModelError: if it does
+        """
+        if not self._stage.takes_positions or self._longest <= PROBE_LENGTH:
+            return
+        ratio = (self._longest - PROBE_LENGTH) ** (1 / (PROBE_LENGTH - 1))
+        spread = [i + int(ratio**i) - 1 for i in range(PROBE_LENGTH)]
+        positions = torch.tensor([*spread[:-1], self._longest - 1])
+        ends = (PROBE_LENGTH // 2, 3 * PROBE_LENGTH // 4)
+        whole = self._at(positions, inbound)
+        for end in ends:
+            alone = self._at(positions[:end], inbound[:, :end])
+            if _relative_error(whole[end - 1 : end], alone[-1:]) > self._stage.tolerance:
+                name = type(self._stage.model).__name__
+                raise UnsupportedModelError(
+                    f"{name}: what a token gives depends on the length of the whole text, in a way "
+                    "that isn't known here"
+                )
+
+    def _at(self, positions: torch.Tensor, inbound: torch.Tensor) -> torch.Tensor:
+        """The model's output [n, ...] for n tokens at `positions`, none of its attention ours."""
+        count = len(positions)
+        on_device = positions.to(self._stage.device)
+        ones = torch.ones(1, count, dtype=torch.bool, device=self._stage.device)
+        rows = torch.arange(count, device=self._stage.device)
+        segments = [Segment(0, count, 0, 0, 0)]
+        with self._stage.rotating(segments, positions):
+            out = self._stage.forward(inbound, on_device[None], rows, attention_mask=ones)
+        return out.reshape(count, -1)
+
     def _check_packable(self) -> None:
         """See what the config alone tells.
 
@@ -212,8 +251,6 @@ class ModeChoice:
         text = self._stage.model.config.get_text_config()
         if not set(getattr(text, "layer_types", None) or ()) <= PACKABLE_LAYERS:
             raise UnsupportedModelError("layers that keep another state than K and V")
-        if _rope_types(text) & BATCH_DEPENDENT_ROPE:
-            raise UnsupportedModelError("positions that depend on the batch's longest sequence")
 
     def _probe_input(self) -> torch.Tensor:
         if self._stage.spec.is_first:
@@ -233,7 +270,7 @@ class ModeChoice:
             if self._stage.use_cache:
                 pool = self._stage.make_pool(PROBE_SLOTS)
         outputs = []
-        for step in probe_steps(use_cache=self._stage.use_cache):
+        for step in probe_steps(use_cache=self._stage.use_cache, is_long=self._is_long):
             packed = inbound[:, step.source.to(self._stage.device)]
             if self._stage.mode == "packed":
                 out = self._stage.run_packed(step.batch, packed, pool)[0]
@@ -248,7 +285,7 @@ class ModeChoice:
 
         :raises UnsupportedModelError: if attention isn't called exactly once per layer
         """
-        _, call = self._stage.run_packed(whole_probe(), inbound, None)
+        _, call = self._stage.run_packed(whole_probe(is_long=self._is_long), inbound, None)
         num_layers = len(self._stage.layers)
         if call.num_calls != num_layers or sorted(call.shapes) != list(range(num_layers)):
             raise UnsupportedModelError(f"{call.num_calls} attention calls in {num_layers} layers")
@@ -286,10 +323,3 @@ def _said(failure: Exception) -> str:
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     difference = (found.float() - expected.float()).norm(dim=-1)
     return float((difference / expected.float().norm(dim=-1)).max())
-
-
-def _rope_types(config: Any) -> set[str]:
-    """All rotary variants in the config, one for the model or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    entries = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {str(entry["rope_type"]) for entry in entries if "rope_type" in entry}

@@ -26,8 +26,11 @@ class ProbeStep:
     source: torch.Tensor  # [T], the probe's position that each packed token is taken from
 
 
-def probe_steps(*, use_cache: bool) -> list[ProbeStep]:
-    """The probed sequence chunk by chunk, next to a neighbour that reads, then decodes."""
+def probe_steps(*, use_cache: bool, is_long: bool) -> list[ProbeStep]:
+    """The probed sequence chunk by chunk, next to a neighbour that reads, then decodes.
+
+    :param is_long: it is longer than the text that LongRoPE's short factors are for
+    """
     steps = []
     for i, end in enumerate(_ENDS):
         past = _ENDS[i - 1] if i and use_cache else 0
@@ -39,16 +42,18 @@ def probe_steps(*, use_cache: bool) -> list[ProbeStep]:
         if i % 2 == 0:  # in either order
             parts.reverse()
             checked = 0
-        steps.append(_step(parts, use_cache, checked=checked))
+        steps.append(_step(parts, use_cache, is_long, checked=checked))
     return steps
 
 
-def whole_probe() -> ForwardBatch:
+def whole_probe(*, is_long: bool) -> ForwardBatch:
     """The probed sequence alone, in one go and without a cache."""
-    return _step([(0, list(range(PROBE_LENGTH)), 0)], False, checked=0).batch
+    return _step([(0, list(range(PROBE_LENGTH)), 0)], False, is_long, checked=0).batch
 
 
-def _step(parts: list[tuple[int, list[int], int]], use_cache: bool, *, checked: int) -> ProbeStep:
+def _step(
+    parts: list[tuple[int, list[int], int]], use_cache: bool, is_long: bool, *, checked: int
+) -> ProbeStep:
     """Pack (sequence number, source positions, past); the logits of part `checked` are due."""
     segments: list[Segment] = []
     source: list[int] = []
@@ -57,7 +62,7 @@ def _step(parts: list[tuple[int, list[int], int]], use_cache: bool, *, checked: 
     start = 0
     for number, taken, past in parts:
         first_slot = number * (PROBE_SLOTS // 2)
-        segments.append(Segment(start, len(taken), past, first_slot, number))
+        segments.append(Segment(start, len(taken), past, first_slot, number, is_long))
         source += taken
         positions += range(past, past + len(taken))
         slots += range(first_slot + past, first_slot + past + len(taken))

@@ -9,7 +9,9 @@ A stage runs in one of two ways, chosen when it is loaded (loading.py):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,10 @@ from torch import nn
 from engine.attention.choice import backends_for
 from engine.attention.hook import ATTENTION_NAME, AttentionCall, attending
 from engine.attention.kv_pool import KVPool, KVShape
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, Segment
 from engine.models.cut_check import hidden_place
 from engine.models.last_layer import LastLayer
+from engine.models.long_rope import LongRope, Rotation
 from engine.models.single_cache import SingleCache
 from engine.models.slicing import find_layers, forward_parameters
 from engine.plan import StageSpec
@@ -65,6 +68,8 @@ class Stage:
         if not spec.is_last:
             self.layers[-1].register_forward_hook(self._capture)
         self.last_layer = LastLayer(self.layers[-1]) if spec.is_last else None
+        self.long_rope = LongRope.of(model)
+        self._rotation = None if self.long_rope is None else Rotation(model, self.long_rope)
         self.blank_noise = 0.0
         """Stands for the embeddings where a stage has none; nothing may depend on it."""
 
@@ -72,6 +77,11 @@ class Stage:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model is told its tokens' positions."""
+        return "position_ids" in self._takes
 
     @property
     def tolerance(self) -> float:
@@ -88,7 +98,9 @@ class Stage:
         if self.mode != "packed" or not self.use_cache:
             return
         whole = self.spec.is_first and self.spec.is_last
-        capture = capture_for(self.device) if whole and self.attention.capturable else None
+        # A graph would keep the factors that its capture chose.
+        capturable = whole and self.attention.capturable and self._rotation is None
+        capture = capture_for(self.device) if capturable else None
         self.pool = self.make_pool(num_slots + (capture is not None))
         if capture is not None:
             self._graphs = DecodeGraphs(
@@ -165,9 +177,18 @@ class Stage:
         call = AttentionCall(batch, pool, self.spec.first_layer, self.attention)
         # The mask of ones keeps transformers from reading sequence bounds out of the positions.
         ones = torch.ones(1, batch.num_tokens, dtype=torch.bool, device=self.device)
-        with attending(call):
+        with attending(call), self.rotating(batch.segments, batch.positions):
             out = self.forward(inbound, positions[None], logit_rows, attention_mask=ones)
         return out, call
+
+    @contextmanager
+    def rotating(self, segments: Sequence[Segment], positions: torch.Tensor) -> Iterator[None]:
+        """Rotate each token of `segments`, at `positions` [T], as the length of its text wants."""
+        if self._rotation is None:
+            yield
+            return
+        with self._rotation.choosing(segments, positions, self.device):
+            yield
 
     def run_singly(self, batch: ForwardBatch, inbound: torch.Tensor) -> torch.Tensor:
         """Sequence by sequence, each with a cache of its own; the output is as that of `run`."""
@@ -183,9 +204,11 @@ class Stage:
                 rows = slice(start, start + step)
                 past = segment.past + start - segment.start
                 due_here = [i for i in range(step) if start + i in due]
-                out = self._run_one(
-                    inbound[:, rows], positions[None, rows], segment.number, past, due_here
-                )
+                part = replace(segment, start=0, count=step, past=past)
+                with self.rotating([part], batch.positions[rows]):
+                    out = self._run_one(
+                        inbound[:, rows], positions[None, rows], segment.number, past, due_here
+                    )
                 if not self.spec.is_last or due_here:
                     outputs.append(out)
         if self.spec.is_last:
@@ -220,7 +243,7 @@ class Stage:
     ) -> torch.Tensor:
         """The model's forward: `inbound` [1, n] or [1, n, E], `positions` [1, n]."""
         kwargs = {"use_cache": False, **kwargs}
-        if "position_ids" in self._takes:
+        if self.takes_positions:
             kwargs["position_ids"] = positions
         if self.spec.is_first:
             kwargs["input_ids"] = inbound
