@@ -24,6 +24,7 @@ _FROM_POSITIONS = {
     "cache_position",
     "causal_mask",
     "freqs_cis",
+    "logits_to_keep",
     "mask",
     "position_bias",
     "position_embeddings",

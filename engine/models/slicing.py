@@ -119,10 +119,13 @@ def _load_slice(
 ) -> Any:
     skeleton = model_without_weights(config, trust_remote_code=trust_remote_code)
     whole = set(skeleton.state_dict())
+    ties = list(skeleton.all_tied_weights_keys.items())
     _prune(skeleton, spec)
     held = set(skeleton.state_dict())
     names = _needed(checkpoint, config, spec, held=held, absent=whole - held)
-    with checkpoint.open(names) as tensors, _quiet_loading():
+    others = _under_other_names(checkpoint, ties, held)
+    with checkpoint.open([*names, *others.values()]) as tensors, _quiet_loading():
+        tensors |= {name: tensors[other] for name, other in others.items()}
         model, report = _pruned_class(type(skeleton), spec).from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -169,6 +172,19 @@ def _needed(
     return names
 
 
+def _under_other_names(
+    checkpoint: Checkpoint, ties: list[tuple[str, str]], held: set[str]
+) -> dict[str, str]:
+    """Tied weights that the slice holds, and the name that alone is in the checkpoint for each."""
+    stored = checkpoint.weight_map
+    return {
+        name: other
+        for tie in ties
+        for name, other in (tie, tie[::-1])
+        if name in held and not {name, other} <= held and name not in stored and other in stored
+    }
+
+
 class Absent(nn.Module):
     """Stands where another stage's module was, and hands on what it is given."""
 
@@ -188,8 +204,8 @@ def _prune(model: Any, spec: StageSpec) -> None:
     for i in range(len(layers)):
         if not spec.first_layer <= i < spec.end_layer:
             layers[i] = Absent()
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = _are_tied(model, embedding, head)
     behind_layers = False
     for name, child in list(owner.named_children()):
         if child is layers:
@@ -203,7 +219,30 @@ def _prune(model: Any, spec: StageSpec) -> None:
         for name, child in list(model.named_children()):
             if child is head:
                 setattr(model, name, Absent())
-                model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+    _forget_ties(model)
+
+
+def _are_tied(model: Any, embedding: nn.Module, head: nn.Module | None) -> bool:
+    """Whether transformers makes one weight of the embedding's and the head's.
+
+    Which of a composite's configs says so differs from model to model; `post_init` has read them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ends = ({embedding}, {head})
+    for names in model.all_tied_weights_keys.items():
+        owners = [{modules.get(name.rpartition(".")[0])} for name in names]
+        if owners in ([*ends], [*reversed(ends)]):
+            return True
+    return False
+
+
+def _forget_ties(model: Any) -> None:
+    """Leave out ties of weights that other stages own."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = model.all_tied_weights_keys
+    kept = {one: other for one, other in ties.items() if one in names and other in names}
+    if kept != ties:
+        model._tied_weights_keys, model.all_tied_weights_keys = kept or None, kept
 
 
 def _is_final(name: str, module: nn.Module) -> bool:
