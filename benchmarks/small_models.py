@@ -1,7 +1,7 @@
 """A small random model of each causal-LM architecture in transformers: the quirks stand here.
 
-The sizes are small, and so are windows, chunks and the numbers of keys that sparse attention picks:
-a wrong mask or position shows within forty tokens.
+The sizes are small, and so are windows, chunks, original lengths and the numbers of keys that
+sparse attention picks: a wrong mask or position shows within sixty tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine.demo_model import DEMO_MODEL_PATH
+from engine.models.long_rope import rope_entries
 
 ARCHITECTURES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB = 1064  # that of the demo model's tokenizer, which the small models borrow
 NUM_LAYERS = 6
+MAX_LENGTH = 128
+ORIGINAL_LENGTH = 32
+"""Of the texts that a model with scaled positions was trained on, before."""
+ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 GAIN = 1.7
 """Standard deviation of a matrix times the root of its inputs; makes peaked logits, so that few
 tokens are near ties."""
@@ -90,14 +95,15 @@ SIZES: dict[str, Any] = {
     "swa_head_dim": 8,
     "global_head_dim": 8,
     # positions and masks
-    "max_position_embeddings": 128,
-    "n_positions": 128,
-    "n_ctx": 128,
-    "max_seq_len": 128,
-    "context_length": 128,
-    "model_max_length": 128,
-    "max_target_positions": 128,
-    "original_max_position_embeddings": 64,
+    "max_position_embeddings": MAX_LENGTH,
+    "n_positions": MAX_LENGTH,
+    "n_ctx": MAX_LENGTH,
+    "max_seq_len": MAX_LENGTH,
+    "context_length": MAX_LENGTH,
+    "model_max_length": MAX_LENGTH,
+    "max_target_positions": MAX_LENGTH,
+    "original_max_position_embeddings": ORIGINAL_LENGTH,
+    "floor_scale": 16,
     "sliding_window": 9,
     "sliding_window_size": 9,
     "window_size": 9,
@@ -247,12 +253,62 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    """The small config of an architecture.
+def small_config(model_type: str, rope: str = "") -> PreTrainedConfig:
+    """The small config of an architecture, with its own rotary positions or those of a kind.
 
     :raises Exception: whatever its config class raises
     """
-    return _shrunk(CONFIG_MAPPING[model_type], QUIRKS.get(model_type, {}))
+    config = _shrunk(CONFIG_MAPPING[model_type], QUIRKS.get(model_type, {}))
+    text = config.get_text_config()
+    entries = rope_entries(text)
+    for entry in entries:
+        if "original_max_position_embeddings" in entry:
+            entry["original_max_position_embeddings"] = ORIGINAL_LENGTH
+    if rope:
+        size = _rotary_size(config)
+        for entry in entries:
+            if "rope_theta" in entry:
+                kept = {name: entry[name] for name in entry if name in _KEPT}
+                entry.clear()
+                entry.update(kept | _rope_parameters(rope, size))
+        text.original_max_position_embeddings = ORIGINAL_LENGTH
+    return config
+
+
+_KEPT = {"rope_theta", "partial_rotary_factor"}
+
+
+def has_rope(model_type: str) -> bool:
+    """Whether the architecture's config says how its positions are rotated."""
+    try:
+        text = small_config(model_type).get_text_config()
+    except Exception:  # what can't be built is told elsewhere
+        return False
+    return any("rope_theta" in entry for entry in rope_entries(text))
+
+
+def _rotary_size(config: Any) -> int:
+    """Frequencies of the rotary positions: half of the numbers that are rotated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    buffers = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
+    sizes = {len(buffer) for name, buffer in buffers.items() if name.endswith("inv_freq")}
+    if len(sizes) != 1:
+        raise ValueError(f"rotary positions of {sorted(sizes)} frequencies")
+    return sizes.pop()
+
+
+def _rope_parameters(kind: str, size: int) -> dict[str, Any]:
+    scaled = {"rope_type": kind, "factor": MAX_LENGTH / ORIGINAL_LENGTH}
+    original = {"original_max_position_embeddings": ORIGINAL_LENGTH}
+    if kind == "llama3":
+        return {**scaled, **original, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "longrope":
+        short = [1 + 0.2 * i / size for i in range(size)]
+        factors = {"short_factor": short, "long_factor": [4 * f for f in short]}
+        mscales = {"short_mscale": 1.1, "long_mscale": 1.2}  # PhiMoE's; others pass them over
+        return {**scaled, **original, **factors, **mscales}
+    return {**scaled, **original} if kind == "yarn" else scaled
 
 
 def _shrunk(cls: Any, extra: dict[str, Any]) -> Any:
@@ -289,13 +345,13 @@ def _is_set(config: Any, name: str) -> bool:
         return True
 
 
-def save_small_model(model_type: str, folder: Path) -> None:
+def save_small_model(model_type: str, folder: Path, rope: str = "") -> None:
     """Build the model with random weights from a fixed seed and save it with a tokenizer.
 
     :raises Exception: whatever transformers raises for it
     """
     torch.manual_seed(sum(map(ord, model_type)))
-    model = AutoModelForCausalLM.from_config(small_config(model_type), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(small_config(model_type, rope), dtype=torch.float32)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters > 20_000_000:
         raise ValueError(f"{num_parameters / 1e6:.0f} million parameters in the smallest config")

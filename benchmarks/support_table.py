@@ -1,10 +1,14 @@
 """Which architectures the engine runs, and that none of them is silently wrong.
 
-For every causal-LM architecture of the installed transformers: build a small random model, write 16
-texts greedily in float32 with 1, 2 and 4 stages, and compare them with `transformers.generate`
-token for token, and the logits of a prompt computed in chunks with the model's own forward. Each
-one runs in a process of its own with a time limit; results are kept as JSON, so that a sweep that
-was stopped goes on where it was. At the end the table in docs/support.md is written.
+For every causal-LM architecture of the installed transformers, and every kind of rotary positions
+that its config takes: build a small random model, write texts greedily in float32 with several even
+and uneven cuts, and compare them with `transformers.generate` token for token, and the logits of a
+prompt computed in chunks with the model's own forward. Prompts are up to three times as long as what is
+computed at once; texts begin before each length that the config names (windows, chunks, original
+positions), at it and behind it, and grow past it; there are too few slots for all, so that some
+are preempted; and all are written a second time, resumed from a part of themselves. Each one runs
+in a process of its own with a time limit; results are kept as JSON, so that a sweep that was
+stopped goes on where it was. At the end the table in docs/support.md is written.
 
     python benchmarks/support_table.py [--only NAME ...] [--again]
 
@@ -27,26 +31,47 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from small_models import ARCHITECTURES, VOCAB, save_small_model
-from transformers import AutoModelForCausalLM
+from small_models import (
+    ARCHITECTURES,
+    NUM_LAYERS,
+    ROPE_KINDS,
+    VOCAB,
+    has_rope,
+    save_small_model,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from engine.batch import ForwardBatch, Segment
 from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
+from engine.models.long_rope import rope_entries
 from engine.models.slicing import find_layers
 from queue_api.wire.errors import ConfigurationError
 from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
 TABLE = Path(__file__).parents[1] / "docs" / "support.md"
-STAGES = (1, 2, 4)
-NEW_TOKENS = 16
+CUTS: dict[str, tuple[int, ...]] = {
+    "1": (),
+    "2": (3,),
+    "4": (2, 4, 5),
+    "1+5": (1,),
+    "2+3+1": (2, 5),
+}
+"""How an architecture of six layers is cut; of another number, the uneven cuts are left out."""
+ROPE_CUTS = ("1", "1+5")
+"""Those that each rotary kind is tried with: how positions are rotated, each stage knows alone."""
+NEW_TOKENS = 24
 MAX_LEN = 96
-CHUNKS = (13, 1, 1, 9, 1, 5)
+LONGEST = 72
+"""Tokens of the longest prompt, three times what is read at once."""
+CACHE_SLOTS = 3 * MAX_LEN
+CHUNKS = (13, 1, 1, 9, 1, 5, 14, 1)
 LOGIT_TOLERANCE = 1e-3
 """Of the logits' relative error. Wrong masks and positions make errors of 0.01 and more."""
 TIE = 1e-4
@@ -62,7 +87,11 @@ class Result:
     """packed, single, mixed, refused, unbuildable, wrong, or error: not refused, but failed."""
     reason: str = ""
     modes: dict[str, str] = field(default_factory=dict)
-    """Number of stages to how each runs."""
+    """Cut to how each stage runs."""
+    boundaries: list[int] = field(default_factory=list)
+    """Lengths that the config names, which texts were led across."""
+    preemptions: int = 0
+    """Over all partitions."""
     ties: int = 0
     """Texts that left `generate`'s at a near tie."""
     logit_error: float = 0.0
@@ -77,10 +106,29 @@ class Result:
 # --------------------------------------------------------------------------------- one of them
 
 
-def mixed_prompts() -> list[list[int]]:
-    """16 prompts of 1 to 36 random tokens, from a fixed seed."""
+_BOUNDARY_WORDS = ("window", "chunk", "original_max", "local_attention", "block", "topk", "scale")
+
+
+def boundaries(config: Any) -> list[int]:
+    """Lengths at which a text of this model may begin to be treated otherwise."""
+    text = config.get_text_config()
+    named = [*vars(text).items(), *(pair for e in rope_entries(text) for pair in e.items())]
+    return sorted(
+        {
+            value
+            for name, value in named
+            if type(value) is int and any(word in name for word in _BOUNDARY_WORDS)
+            if 4 < value <= LONGEST - NEW_TOKENS
+        }
+    )
+
+
+def mixed_prompts(lengths_to_cross: list[int]) -> list[list[int]]:
+    """Prompts of 1 to LONGEST random tokens, from a fixed seed, some around the given lengths."""
     generator = torch.Generator().manual_seed(5)
-    lengths = [1, 2, 3, 36, *torch.randint(4, 36, (12,), generator=generator).tolist()]
+    lengths = [1, 2, 3, 36, LONGEST, *torch.randint(4, 60, (9,), generator=generator).tolist()]
+    for length in lengths_to_cross:
+        lengths += [length - 4, length - 1, length, length + 1]
     return [torch.randint(8, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -138,9 +186,11 @@ def _round(layer: torch.nn.Module) -> None:
 def engine_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
     """The engine's logits after each of CHUNKS, run through its stages by hand."""
     outputs, past = [], 0
+    rope = engine.stages[0].long_rope
+    is_long = rope is not None and rope.is_long(len(tokens), len(tokens))
     for count in CHUNKS:
         batch = ForwardBatch(
-            segments=[Segment(0, count, past, 3, 10_000)],
+            segments=[Segment(0, count, past, 3, 10_000, is_long)],
             token_ids=torch.tensor(tokens[past : past + count]),
             positions=torch.arange(past, past + count),
             slots=torch.arange(3 + past, 3 + past + count),
@@ -158,7 +208,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-def compare(reference: Reference, num_stages: int, result: Result) -> str:
+def compare(reference: Reference, cut: str, result: Result) -> str:
     """Run one partition; what is wrong with it, or nothing.
 
     :raises ConfigurationError: if the engine refuses the model
@@ -168,24 +218,51 @@ def compare(reference: Reference, num_stages: int, result: Result) -> str:
             str(reference.folder),
             dtype="float32",
             quantization=reference.quantization,
-            devices=("cpu",) * num_stages,
+            devices=("cpu",) * (len(CUTS[cut]) + 1),
+            partition="custom" if CUTS[cut] else "uniform",
+            layer_bounds=CUTS[cut] or None,
             max_num_seqs=16,
-            max_batch_tokens=24,  # below the longest prompts: they are read among decodes
+            max_batch_tokens=24,  # below the longest prompts: they are computed among decodes
             max_model_len=MAX_LEN,
+            kv_cache_tokens=CACHE_SLOTS,
         )
     )
-    prompts = reference.prompts
-    result.modes[str(num_stages)] = "/".join(stage.mode for stage in engine.stages)
+    result.modes[cut] = "/".join(stage.mode for stage in engine.stages)
+    wrong = count_wrong(reference, write(engine, reference, resumed=False), result)
+    again = count_wrong(reference, write(engine, reference, resumed=True), result)
+    result.preemptions += engine.metrics.preemptions
+    probe = max(reference.prompts, key=len)[: sum(CHUNKS)]
+    ends = torch.tensor(CHUNKS).cumsum(0) - 1
+    error = relative_error(engine_logits(engine, probe), reference.logits(probe)[ends])
+    result.logit_error = max(result.logit_error, error)
+    engine.close()
+    problems = []
+    if wrong:
+        problems.append(f"{wrong} of {len(reference.prompts)} texts differ")
+    if again:
+        problems.append(f"{again} of {len(reference.prompts)} resumed texts differ")
+    if not error <= LOGIT_TOLERANCE:
+        problems.append(f"logits are off by {error:.1e}")
+    return f"{cut} stages: {', '.join(problems)}" if problems else ""
+
+
+def write(engine: Engine, reference: Reference, *, resumed: bool) -> list[list[int]]:
+    """The engine's texts; `resumed`: from a third to all but one of the reference's tokens on."""
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
-    requests = [
-        GenerationRequest(id=str(i), prompt=prompt, sampling=params)
-        for i, prompt in enumerate(prompts)
-    ]
+    found: dict[str, list[int]] = {}
+    for i, (prompt, text) in enumerate(zip(reference.prompts, reference.texts, strict=True)):
+        request = GenerationRequest(id=str(i), prompt=prompt, sampling=params)
+        share = (1 / 3, 1 / 2, 1)[i % 3]
+        engine.add(str(i), request, generated=text[: int(share * (len(text) - 1)) * resumed])
+    while engine.has_unfinished():
+        found |= {completion.key: completion.token_ids for completion in engine.step()}
+    return [found[str(i)] for i in range(len(reference.prompts))]
+
+
+def count_wrong(reference: Reference, texts: list[list[int]], result: Result) -> int:
+    """How many texts differ from the reference's otherwise than by a tie, which is noted."""
     wrong = 0
-    for prompt, expected, completion in zip(
-        prompts, reference.texts, engine.generate(requests), strict=True
-    ):
-        found = completion.token_ids
+    for prompt, expected, found in zip(reference.prompts, reference.texts, texts, strict=True):
         if found == expected:
             continue
         place = next(
@@ -197,27 +274,27 @@ def compare(reference: Reference, num_stages: int, result: Result) -> str:
             result.ties += 1
         else:
             wrong += 1
-    probe = max(prompts, key=len)[: sum(CHUNKS)]
-    ends = torch.tensor(CHUNKS).cumsum(0) - 1
-    error = relative_error(engine_logits(engine, probe), reference.logits(probe)[ends])
-    result.logit_error = max(result.logit_error, error)
-    engine.close()
-    problems = []
-    if wrong:
-        problems.append(f"{wrong} of {len(prompts)} texts differ")
-    if not error <= LOGIT_TOLERANCE:
-        problems.append(f"logits are off by {error:.1e}")
-    return f"{num_stages} stages: {', '.join(problems)}" if problems else ""
+    return wrong
+
+
+def cuts_for(config: Any, rope: str) -> list[str]:
+    """Those of CUTS that an architecture is tried with."""
+    names = list(ROPE_CUTS) if rope else list(CUTS)
+    number = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return names if number == NUM_LAYERS else [name for name in names if name.isdigit()]
 
 
 def examine(name: str, quantization: Quantization) -> Result:
-    """Build and compare one architecture, in this process."""
+    """Build and compare one architecture, or `architecture/rotary kind`, in this process."""
     result = Result(name)
-    prompts = mixed_prompts()
+    architecture, _, rope = name.partition("/")
     with tempfile.TemporaryDirectory(prefix="batchmill-support-") as scratch:
-        folder = Path(scratch) / name
+        folder = Path(scratch) / architecture
         try:
-            save_small_model(name, folder)
+            save_small_model(architecture, folder, rope)
+            config = AutoConfig.from_pretrained(folder)
+            result.boundaries = boundaries(config)
+            prompts = mixed_prompts(result.boundaries)
             reference = Reference(folder, prompts, quantization)
             logits = reference.logits(max(prompts, key=len))
         except Exception as problem:  # any model code may fail in any way
@@ -228,20 +305,21 @@ def examine(name: str, quantization: Quantization) -> Result:
             return result
         _note_how_telling(reference, prompts, result)
         problems, refusals, errors = [], [], []
-        for num_stages in STAGES:
+        cuts = cuts_for(config, rope)
+        for cut in cuts:
             try:
-                problems.append(compare(reference, num_stages, result))
+                problems.append(compare(reference, cut, result))
             except ConfigurationError as refusal:
-                refusals.append(f"{num_stages}: {_brief(refusal, name=False)}")
+                refusals.append(f"{cut}: {_brief(refusal, name=False)}")
             except Exception as failure:
-                errors.append(f"{num_stages} stages: {_brief(failure)}")
+                errors.append(f"{cut} stages: {_brief(failure)}")
     modes = {mode for text in result.modes.values() for mode in text.split("/")}
     if any(problems):
         result.status, result.reason = "wrong", "; ".join(filter(None, problems))
     elif errors:
         result.status, result.reason = "error", "; ".join(errors)
     elif refusals:
-        result.status, result.reason = "refused", _without_repetition(refusals)
+        result.status, result.reason = "refused", _without_repetition(refusals, len(cuts))
     else:
         result.status = modes.pop() if len(modes) == 1 else "mixed"
     return result
@@ -261,9 +339,9 @@ def _brief(problem: BaseException, *, name: bool = True) -> str:
     return f"{type(problem).__name__}: {text}" if name else text
 
 
-def _without_repetition(refusals: list[str]) -> str:
+def _without_repetition(refusals: list[str], num_cuts: int) -> str:
     texts = {text.split(": ", 1)[1] for text in refusals}
-    if len(refusals) == len(STAGES) and len(texts) == 1:
+    if len(refusals) == num_cuts and len(texts) == 1:
         return texts.pop()
     return "; ".join(f"{text.replace(':', ' stages:', 1)}" for text in refusals)
 
@@ -297,6 +375,12 @@ def examine_apart(name: str, quantization: Quantization, limit_s: float) -> Resu
     return Result(name, "error", cause)
 
 
+def all_names(*, with_ropes: bool) -> list[str]:
+    """The architectures and, behind them, each with each rotary kind that its config takes."""
+    rotary = [name for name in ARCHITECTURES if with_ropes and has_rope(name)]
+    return [*ARCHITECTURES, *(f"{name}/{kind}" for name in rotary for kind in ROPE_KINDS)]
+
+
 def read_results(path: Path) -> dict[str, Result]:
     if not path.exists():
         return {}
@@ -327,8 +411,10 @@ _SECTIONS = {
 }
 
 
-def render(results: dict[str, Result]) -> str:
+def render(everything: dict[str, Result]) -> str:
     """docs/support.md."""
+    results = {name: result for name, result in everything.items() if "/" not in name}
+    ropes = {name: result for name, result in everything.items() if "/" in name}
     counts = Counter(result.status for result in results.values())
     exact = counts["packed"] + counts["single"] + counts["mixed"]
     lines = [
@@ -336,13 +422,16 @@ def render(results: dict[str, Result]) -> str:
         "",
         f"Written by `python benchmarks/support_table.py` with transformers "
         f"{transformers.__version__}. For each of the {len(results)} causal-LM architectures it "
-        f"builds a small random model, writes 16 texts of mixed lengths greedily in float32 with "
-        f"1, 2 and 4 stages, and compares them with `transformers.generate` token for token, and "
-        f"the logits of a prompt computed in chunks with the model's own forward. Where the two "
-        f"best tokens are a tie up to rounding, either is right. Windows, chunks and sparse "
-        f"selections are small enough to matter within these texts.",
+        f"builds a small random model, writes 14 texts and more greedily in float32 with 1, 2 and "
+        f"4 even and 2 and 3 uneven stages, and compares them with `transformers.generate` token "
+        f"for token, and the logits of a prompt computed in chunks with the model's own forward. "
+        f"Prompts have up to {LONGEST} tokens, of which 24 are computed at once. Four texts begin "
+        f"shortly before, at and behind each length that the config names (windows, chunks, sparse "
+        f"selections, original positions), and grow past it. Slots are too few for all, so that "
+        f"some texts are preempted, and each text is written again, resumed from a part of itself. "
+        f"Where the two best tokens are a tie up to rounding, either is right.",
         "",
-        f"**{exact} are token-identical with 1, 2 and 4 stages** ({counts['packed']} packed, "
+        f"**{exact} are token-identical in every cut** ({counts['packed']} packed, "
         f"{counts['single']} single, {counts['mixed']} some of each); {counts['refused']} are "
         f"refused when loaded, {counts['error']} fail otherwise, {counts['unbuildable']} couldn't "
         f"be built. **Silently wrong: {counts['wrong']}.** What packed and single mean: "
@@ -358,7 +447,34 @@ def render(results: dict[str, Result]) -> str:
         else:
             lines += ["| architecture | why |", "|---|---|"]
             lines += [f"| `{result.name}` | {_explain(result)} |" for result in chosen]
+    lines += ["", f"## Kinds of rotary positions ({len(ropes)})", "", *_rope_lines(ropes)]
     return "\n".join(lines) + "\n"
+
+
+def _rope_lines(ropes: dict[str, Result]) -> list[str]:
+    """A row for each rotary kind, and a list of what isn't exact with it."""
+    lines = [
+        "Each architecture whose config has rotary parameters, with each kind of them, uncut and "
+        "in stages of 1 and 5 layers.",
+        "",
+        "| kind | packed | single or mixed | refused | failed | silently wrong | not buildable |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    others: dict[tuple[str, str], list[str]] = {}
+    for kind in ROPE_KINDS:
+        chosen = [ropes[name] for name in sorted(ropes) if name.endswith(f"/{kind}")]
+        counts = Counter(result.status for result in chosen)
+        exact = counts["single"] + counts["mixed"]
+        rest = " | ".join(str(counts[s]) for s in ("refused", "error", "wrong", "unbuildable"))
+        lines.append(f"| `{kind}` | {counts['packed']} | {exact} | {rest} |")
+        for result in chosen:
+            if result.status not in {"packed", "single", "mixed"}:
+                name = result.name.partition("/")[0]
+                others.setdefault((name, _explain(result)), []).append(kind)
+    lines += ["", "| architecture | kinds | why not |", "|---|---|---|"]
+    for (name, why), kinds in sorted(others.items()):
+        lines.append(f"| `{name}` | {', '.join(kinds)} | {why} |")
+    return lines
 
 
 def _explain(result: Result) -> str:
@@ -366,7 +482,7 @@ def _explain(result: Result) -> str:
     texts: dict[str, list[str]] = {}
     for part in result.reason.split("; "):
         number, found, text = part.partition(" stages: ")
-        if not found or not number.isdigit():  # the same for all, or a part of the one before
+        if not found or number not in CUTS:  # the same for all, or a part of the one before
             texts.setdefault(part, [])
             continue
         texts.setdefault(text, []).append(number)
@@ -396,7 +512,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     results = read_results(args.results)
-    todo = args.only or ARCHITECTURES
+    todo = args.only or all_names(with_ropes=is_plain)
     if args.status:
         todo = [name for name in todo if name in results and results[name].status in args.status]
     elif not args.only and not args.again:
@@ -406,10 +522,11 @@ def main() -> None:
     for i, name in enumerate(todo):
         result = results[name] = examine_apart(name, args.quantization, args.limit_s)
         write_results(args.results, results)
-        modes = result.modes.get(str(STAGES[-1]), "")
+        modes = result.modes.get("4", "")
         print(
             f"{i + 1}/{len(todo)} {name}: {result.status} {modes} {result.seconds} s "
             f"error {result.logit_error:.0e} ties {result.ties} distinct {result.distinct_tokens} "
+            f"boundaries {result.boundaries} preemptions {result.preemptions} "
             f"sensitivity {result.sensitivity:.0e} {result.reason[:300]}",
             file=sys.stderr,
             flush=True,

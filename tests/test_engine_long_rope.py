@@ -242,3 +242,22 @@ def test_an_unknown_dependence_on_the_longest_position_is_refused(
 @pytest.mark.parametrize(("name", "rereads"), [("phi3", True), ("phimoe", True), ("llama", False)])
 def test_what_generate_does_at_the_border_is_asked_of_the_model(name: str, rereads: bool) -> None:
     assert LongRope.of(model(name).reference) == LongRope(BORDER, rereads)
+
+
+def test_a_layer_that_counts_positions_by_itself_runs_singly_where_it_shows(tmp_path: Path) -> None:
+    """Llama 4 scales queries by a count of its cache, from `floor_scale` tokens on."""
+    config = transformers.Llama4TextConfig(
+        **_SIZES,
+        attention_chunk_size=12,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        interleave_moe_layer_step=2,
+        floor_scale=40,
+    )
+    llama4 = make_model(config, tmp_path)
+    tested = llama4.engine(max_batch_tokens=16, max_num_seqs=4)
+    assert [stage.mode for stage in tested.stages] == ["single"]
+    completions = tested.generate(requests(PROMPTS, max_tokens=NEW_TOKENS))
+    expected = [llama4.greedy(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    assert [completion.token_ids for completion in completions] == expected
+    assert [stage.mode for stage in llama4.engine(max_model_len=39).stages] == ["packed"]

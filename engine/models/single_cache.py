@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from engine.plan import StageSpec
 
-__all__ = ["SingleCache"]
+__all__ = ["FarCache", "SingleCache"]
 
 
 class SingleCache(DynamicCache):
@@ -36,3 +36,19 @@ class SingleCache(DynamicCache):
             return self.num_seen + query_length, 0
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+
+class FarCache(SingleCache):
+    """Says that it holds `num_seen` tokens, and gives back the new ones' keys and values alone."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - asked so
+        return self.num_seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - asked so
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int, _layer: int) -> tuple[int, int]:
+        return query_length, self.num_seen
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return key_states, value_states

@@ -13,10 +13,10 @@ import torch
 from engine.attention.check import AttentionMismatchError, Heads, check_attention
 from engine.attention.hook import AttentionCall
 from engine.attention.kv_pool import KVShape
-from engine.batch import Segment
+from engine.batch import ForwardBatch, Segment
 from engine.models.checkpoint import Checkpoint
 from engine.models.cut_check import LayerInputs
-from engine.models.single_cache import SingleCache
+from engine.models.single_cache import FarCache, SingleCache
 from engine.models.slicing import Absent, load_slice
 from engine.plan import StageSpec
 from engine.stages.probe import CHECKED_ROWS, PROBE_LENGTH, PROBE_SLOTS, probe_steps, whole_probe
@@ -96,6 +96,7 @@ class ModeChoice:
         try:
             expected = self._expected(inbound)
             self._check_far_positions(inbound)
+            far = self._far_output(inbound)
         except UnsupportedModelError:
             raise
         except Exception as problem:  # any model code may fail in any way
@@ -109,7 +110,7 @@ class ModeChoice:
         reasons: list[str] = []
         for backend in self._stage.backends:
             self._stage.attention = backend
-            failure = self._try_packed(inbound, expected)
+            failure = self._try_packed(inbound, expected, far)
             if failure is None:
                 where = f"stage {self._stage.spec.index} on {self._stage.device}"
                 logger.info("%s: attention by %s", where, backend.name)
@@ -134,16 +135,21 @@ class ModeChoice:
             f"{name} can't run here without being wrong: {'; '.join(reasons)}"
         )
 
-    def _try_packed(self, inbound: torch.Tensor, expected: torch.Tensor) -> Exception | None:
+    def _try_packed(
+        self, inbound: torch.Tensor, expected: torch.Tensor, far: torch.Tensor | None
+    ) -> Exception | None:
         """As `_try`, the last layer without what nobody reads or, if that is wrong, with it."""
         if self._stage.last_layer is None:
-            return self._try(inbound, expected, "packed", stepwise=False)
+            failure = self._try(inbound, expected, "packed", stepwise=False)
+            return failure or self._own_count(inbound, far)
         self._stage.last_layer.trims = True
         failure = self._try(inbound, expected, "packed", stepwise=False)
+        failure = failure or self._own_count(inbound, far)
         if failure is None:
             return None
         self._stage.last_layer.trims = False
         other = self._try(inbound, expected, "packed", stepwise=False)
+        other = other or self._own_count(inbound, far)
         if other is None:
             logger.info("the last layer computes all tokens: %s", _said(failure))
         return other
@@ -243,6 +249,61 @@ class ModeChoice:
             out = self._stage.forward(inbound, on_device[None], rows, attention_mask=ones)
         return out.reshape(count, -1)
 
+    def _far_positions(self) -> torch.Tensor:
+        """[n], of the probe at the end of the longest text, from a chunk's first token on."""
+        text = self._stage.model.config.get_text_config()
+        chunk = getattr(text, "attention_chunk_size", None) or 1
+        first = max(0, self._longest - PROBE_LENGTH) // chunk * chunk
+        return torch.arange(first, min(first + PROBE_LENGTH, max(self._longest, PROBE_LENGTH)))
+
+    def _far_output(self, inbound: torch.Tensor) -> torch.Tensor | None:
+        """What the model itself makes of the probe [n, ...] if it thinks that it stands far behind.
+
+        None if it can't think so, as with layers whose state isn't K and V.
+        """
+        positions = self._far_positions()
+        count = len(positions)
+        rows = torch.arange(count, device=self._stage.device)
+        cache = FarCache(self._stage.whole_config, self._stage.spec)
+        cache.num_seen = int(positions[0])
+        on_device = positions.to(self._stage.device)
+        try:
+            with self._stage.rotating([self._far_segment(count)], positions):
+                out = self._stage.forward_with(cache, inbound[:, :count], on_device[None], rows)
+        except Exception as problem:  # any model code may fail in any way
+            logger.debug("no check of far positions: %s", _said(problem))
+            return None
+        return out.reshape(count, -1)
+
+    def _far_segment(self, count: int) -> Segment:
+        rope = self._stage.long_rope
+        return Segment(
+            *(0, count, 0, 0, 0), rope is not None and rope.is_long(self._longest, self._longest)
+        )
+
+    def _own_count(self, inbound: torch.Tensor, far: torch.Tensor | None) -> Exception | None:
+        """What is wrong with packed tokens at far positions.
+
+        The model knows them from `position_ids` alone there; some layers count their cache.
+        """
+        if far is None:
+            return None
+        positions = self._far_positions()
+        count = len(positions)
+        batch = ForwardBatch(
+            segments=[self._far_segment(count)],
+            token_ids=torch.arange(count),  # not read, but counted
+            positions=positions,
+            slots=None,
+            logit_rows=torch.arange(count),
+        )
+        out, _ = self._stage.run_packed(batch, inbound[:, :count], None)
+        if _relative_error(out.reshape(count, -1), far) <= self._stage.tolerance:
+            return None
+        return UnsupportedModelError(
+            f"a layer counts positions by itself, which shows in texts of {self._longest} tokens"
+        )
+
     def _check_packable(self) -> None:
         """See what the config alone tells.
 
@@ -322,4 +383,5 @@ def _said(failure: Exception) -> str:
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     difference = (found.float() - expected.float()).norm(dim=-1)
-    return float((difference / expected.float().norm(dim=-1)).max())
+    # A padding token's output may be nothing but zeros.
+    return float((difference / expected.float().norm(dim=-1).clamp(min=1e-30)).max())

@@ -231,8 +231,18 @@ class Stage:
         if cache is not None:
             cache.num_seen = past
         due_rows = torch.tensor(due or [inbound.shape[1] - 1], device=self.device)
-        kwargs = {self._cache_name: cache, "use_cache": self.use_cache}
-        return self.forward(inbound, positions, due_rows, **kwargs)
+        return self.forward_with(cache, inbound, positions, due_rows)
+
+    def forward_with(
+        self,
+        cache: SingleCache | None,
+        inbound: torch.Tensor,
+        positions: torch.Tensor,
+        logit_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """The model's forward behind what `cache` holds."""
+        kwargs = {self._cache_name: cache, "use_cache": cache is not None}
+        return self.forward(inbound, positions, logit_rows, **kwargs)
 
     def forward(
         self,
