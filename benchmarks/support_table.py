@@ -3,11 +3,11 @@
 For every causal-LM architecture of the installed transformers, and every kind of rotary positions
 that its config takes: build a small random model, write texts greedily in float32 with several even
 and uneven cuts, and compare them with `transformers.generate` token for token, and the logits of a
-prompt computed in chunks with the model's own forward. Prompts are up to three times as long as what is
-computed at once; texts begin before each length that the config names (windows, chunks, original
-positions), at it and behind it, and grow past it; there are too few slots for all, so that some
-are preempted; and all are written a second time, resumed from a part of themselves. Each one runs
-in a process of its own with a time limit; results are kept as JSON, so that a sweep that was
+prompt computed in chunks with the model's own forward. Prompts are up to three times as long as
+what is computed at once; texts begin before each length that the config names (windows, chunks,
+original positions), at it and behind it, and grow past it; there are too few slots for all, so that
+some are preempted; and all are written a second time, resumed from a part of themselves. Each one
+runs in a process of its own with a time limit; results are kept as JSON, so that a sweep that was
 stopped goes on where it was. At the end the table in docs/support.md is written.
 
     python benchmarks/support_table.py [--only NAME ...] [--again]
@@ -69,7 +69,7 @@ ROPE_CUTS = ("1", "1+5")
 NEW_TOKENS = 24
 MAX_LEN = 96
 LONGEST = 72
-"""Tokens of the longest prompt, three times what is read at once."""
+"""Tokens of the longest prompt, three times what is computed at once."""
 CACHE_SLOTS = 3 * MAX_LEN
 CHUNKS = (13, 1, 1, 9, 1, 5, 14, 1)
 LOGIT_TOLERANCE = 1e-3

@@ -49,7 +49,7 @@ class Segment:
     number: int
     """The sequence's number; keys the caches of a stage that can't pack."""
     is_long: bool = False
-    """Rotated by LongRoPE's long factors from the text's first token on."""
+    """Rotated by LongRoPE's long factors from the sequence's first token on."""
 
 
 @dataclass(slots=True)

@@ -234,14 +234,18 @@ def test_an_unknown_dependence_on_the_longest_position_is_refused(
         "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding",
         lambda *args, **kwargs: _ByLongest(original(*args, **kwargs)),
     )
-    with pytest.raises(UnsupportedModelError, match="length of the whole text"):
+    with pytest.raises(UnsupportedModelError, match="length of the whole sequence"):
         folder.engine(devices=("cpu",) * num_stages)
     folder.engine(devices=("cpu",) * num_stages, max_model_len=50)
 
 
-@pytest.mark.parametrize(("name", "rereads"), [("phi3", True), ("phimoe", True), ("llama", False)])
-def test_what_generate_does_at_the_border_is_asked_of_the_model(name: str, rereads: bool) -> None:
-    assert LongRope.of(model(name).reference) == LongRope(BORDER, rereads)
+@pytest.mark.parametrize(
+    ("name", "recomputes"), [("phi3", True), ("phimoe", True), ("llama", False)]
+)
+def test_what_generate_does_at_the_border_is_asked_of_the_model(
+    name: str, recomputes: bool
+) -> None:
+    assert LongRope.of(model(name).reference) == LongRope(BORDER, recomputes)
 
 
 def test_a_layer_that_counts_positions_by_itself_runs_singly_where_it_shows(tmp_path: Path) -> None:

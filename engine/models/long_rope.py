@@ -1,15 +1,15 @@
-"""LongRoPE: rotate each token by short or long factors as the length of its own text has it.
+"""LongRoPE: rotate each token by short or long factors as the length of its own sequence has it.
 
 transformers chooses one of the two for a whole forward, by the longest position in it, so what a
 token gets depends on what runs with it: a prompt's first chunk would get the short factors though
-the prompt is long, and a short text beside a long one the long factors. Here the choice is made per
-token. Which a text's tokens get in `generate`, the border being the longest text that the short
-factors are for::
+the prompt is long, and a short sequence beside a long one the long factors. Here the choice is made
+per token. What `generate` gives, the border being the longest sequence that the short factors are
+for::
 
-    prompt longer than the border      long, all of it and all new tokens
-    prompt within it, text within it   short
-    text grows past the border         models that read it anew there (Phi): long, all of it
-                                       others: short up to the border, long behind it
+    prompt longer than the border       long, all of it and all new tokens
+    sequence within it                  short
+    sequence grows past the border      models that recompute it there (Phi): long, all of it
+                                        others: short up to the border, long behind it
 
 The factors themselves are the model's own: its module is asked for positions that make it choose.
 """
@@ -36,16 +36,16 @@ KIND = "longrope"
 
 @dataclass(frozen=True)
 class LongRope:
-    """When a text is rotated by the long factors."""
+    """When a sequence is rotated by the long factors."""
 
     border: int
-    """Tokens of the longest text that the short factors are for."""
-    rereads: bool
-    """`generate` computes a text anew, by the long factors, when it grows past the border."""
+    """Tokens of the longest sequence that the short factors are for."""
+    recomputes: bool
+    """`generate` recomputes a sequence, by the long factors, when it grows past the border."""
 
     def is_long(self, num_prompt: int, num_tokens: int) -> bool:
-        """Whether a text has the long factors from its first token on."""
-        return (num_tokens if self.rereads else num_prompt) > self.border
+        """Whether a sequence has the long factors from its first token on."""
+        return (num_tokens if self.recomputes else num_prompt) > self.border
 
     @classmethod
     def of(cls, model: Any) -> LongRope | None:
@@ -67,7 +67,7 @@ class LongRope:
                 f"LongRoPE with several original_max_position_embeddings: {sorted(borders)}"
             )
         border = borders.pop()
-        return cls(border, _rereads(model, border))
+        return cls(border, _recomputes(model, border))
 
 
 class Rotation:
@@ -90,7 +90,7 @@ class Rotation:
     def choosing(
         self, segments: Sequence[Segment], positions: torch.Tensor, device: torch.device
     ) -> Iterator[None]:
-        """Rotate by the factors of each segment's text.
+        """Rotate by the factors of each segment's sequence.
 
         :param positions: [T], on the CPU
         """
@@ -156,7 +156,7 @@ def _kinds(module: nn.Module, layer_type: str | None = None) -> set[str]:
 
 
 class _FullCache:
-    """Says that it holds a text that is as long as the border."""
+    """Says that it holds a sequence that is as long as the border."""
 
     is_compileable = False
 
@@ -167,8 +167,8 @@ class _FullCache:
         return self._length
 
 
-def _rereads(model: Any, border: int) -> bool:
-    """Whether the model lets go of its cache when a text is one token longer than the border."""
+def _recomputes(model: Any, border: int) -> bool:
+    """Whether the model lets go of its cache one token behind the border."""
     ids = torch.zeros(1, border + 1, dtype=torch.long)
     try:
         inputs = model.prepare_inputs_for_generation(

@@ -40,7 +40,7 @@ class _Range:
     first_slot: int
     token_ids: npt.NDArray[np.int64]
     is_long: bool = False
-    """Its keys are rotated otherwise than those of a text that isn't."""
+    """Its keys are rotated otherwise than those of one that isn't."""
     num_written: int = 0
     """Tokens from the start whose K and V are in every stage's pool."""
     hashes: list[bytes] = field(default_factory=list)

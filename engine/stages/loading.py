@@ -46,7 +46,7 @@ def load_stage(
 ) -> Stage:
     """Load a stage and settle how it runs.
 
-    :param longest: tokens of the longest text
+    :param longest: tokens of the longest sequence
     :param weights: how the layers keep theirs
     :raises UnsupportedModelError: if neither way gives what the model itself gives
     """
@@ -218,7 +218,7 @@ class ModeChoice:
     def _check_far_positions(self, inbound: torch.Tensor) -> None:
         """See that a token's output doesn't change with the positions of the tokens behind it.
 
-        It would depend on how a text is cut into chunks, and on the texts beside it.
+        It would depend on how a prompt is cut into chunks, and on the sequences beside it.
 
         :raises UnsupportedModelError: if it does
         """
@@ -234,8 +234,8 @@ class ModeChoice:
             if _relative_error(whole[end - 1 : end], alone[-1:]) > self._stage.tolerance:
                 name = type(self._stage.model).__name__
                 raise UnsupportedModelError(
-                    f"{name}: what a token gives depends on the length of the whole text, in a way "
-                    "that isn't known here"
+                    f"{name}: what a token gives depends on the length of the whole sequence, "
+                    "in a way that isn't known here"
                 )
 
     def _at(self, positions: torch.Tensor, inbound: torch.Tensor) -> torch.Tensor:
@@ -250,7 +250,7 @@ class ModeChoice:
         return out.reshape(count, -1)
 
     def _far_positions(self) -> torch.Tensor:
-        """[n], of the probe at the end of the longest text, from a chunk's first token on."""
+        """[n], of the probe at the end of the longest sequence, from a chunk's first token on."""
         text = self._stage.model.config.get_text_config()
         chunk = getattr(text, "attention_chunk_size", None) or 1
         first = max(0, self._longest - PROBE_LENGTH) // chunk * chunk
@@ -301,7 +301,8 @@ class ModeChoice:
         if _relative_error(out.reshape(count, -1), far) <= self._stage.tolerance:
             return None
         return UnsupportedModelError(
-            f"a layer counts positions by itself, which shows in texts of {self._longest} tokens"
+            f"a layer counts positions by itself, which shows in sequences of {self._longest} "
+            "tokens"
         )
 
     def _check_packable(self) -> None:

@@ -183,7 +183,7 @@ class Stage:
 
     @contextmanager
     def rotating(self, segments: Sequence[Segment], positions: torch.Tensor) -> Iterator[None]:
-        """Rotate each token of `segments`, at `positions` [T], as the length of its text wants."""
+        """Rotate each token of `segments`, at `positions` [T], by its sequence's factors."""
         if self._rotation is None:
             yield
             return
