@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.control_group import default_threads
 from engine.models.checkpoint import Checkpoint
 from engine.models.generation_config import ModelGeneration
+from engine.models.model_files import diagnose_tokenizer
 from engine.models.slicing import load_config, resolve_dtype
 from engine.models.tokenizer import Tokenizer
 from engine.plan import PartitionPlan
@@ -72,7 +73,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     limit = length_limit(config, model_config.get_text_config())
     plan = _plan(checkpoint, model_config, dtype, config, limit)
     generation = ModelGeneration.load(checkpoint)
-    tokenizer = Tokenizer.load(checkpoint, model_config, generation, trust_remote_code=trust)
+    tokenizer = _load_tokenizer(checkpoint, model_config, generation, trust_remote_code=trust)
     defaults = ModelDefaults(
         generation,
         eos_token_ids=tokenizer.eos_token_ids,
@@ -88,6 +89,24 @@ def load_model(config: EngineConfig) -> LoadedModel:
         *(plan, dtype, "/".join(stage.mode for stage in stages)),
     )
     return LoadedModel(checkpoint.name, revision, tokenizer, defaults, stages, limit)
+
+
+def _load_tokenizer(
+    checkpoint: Checkpoint,
+    model_config: Any,
+    generation: ModelGeneration,
+    *,
+    trust_remote_code: bool,
+) -> Tokenizer:
+    try:
+        return Tokenizer.load(
+            checkpoint, model_config, generation, trust_remote_code=trust_remote_code
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers and their Python classes fail in many ways
+        reason = diagnose_tokenizer(checkpoint.folder, error)
+        raise UnsupportedModelError(reason) from error
 
 
 def _plan(

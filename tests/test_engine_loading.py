@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from kits.engine_models import CONFIGS, LAYERS, make_model, requests, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -110,6 +110,8 @@ def hub(tmp_path, monkeypatch) -> list[str]:
 
     def hf_hub_download(repo: str, file: str, *, revision: str | None) -> str:
         assert (repo, revision) == ("org/llama", "c0ffee")
+        if not (source / file).exists():
+            raise EntryNotFoundError(file)
         fetched.append(file)
         return shutil.copy(source / file, snapshot / file)
 

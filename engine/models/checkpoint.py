@@ -6,7 +6,6 @@ Weights are read from safetensors alone: other formats can run code when they ar
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections import defaultdict
@@ -18,16 +17,19 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 
-from queue_api.wire.errors import ModelNotFoundError
+from engine.models.model_files import brief, check_model_files, read_object
+from queue_api.wire.errors import ModelNotFoundError, UnsupportedModelError
 
 __all__ = ["Checkpoint", "layer_of"]
 
@@ -35,7 +37,17 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _FIRST_NUMBER = re.compile(r"^(.*?)\.?(\d+)\.")
 _SAMPLES_PER_FILE = 64
@@ -61,11 +73,11 @@ class Checkpoint:
         """Look up a local folder or a Hub id, and fetch all but the weights of the latter.
 
         :raises ModelNotFoundError: saying what is missing, and where
+        :raises UnsupportedModelError: naming a file that is damaged, and the field
         """
         folder = Path(model).expanduser()
         if folder.is_dir():
-            _require_files(folder)
-            weight_map = _read_weight_map(folder)
+            weight_map = _read_folder(folder)
             return cls(folder, folder.resolve().name, _content_hash(folder, weight_map), weight_map)
         if folder.exists():
             raise ModelNotFoundError(f"{model} is a file; give the folder that it is in")
@@ -73,12 +85,14 @@ class Checkpoint:
             raise ModelNotFoundError(f"no model folder {model}")
         patterns = [*SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
         with _hub_errors(model, revision):
-            snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-        if not (snapshot / INDEX_FILE).exists():
-            with _hub_errors(model, revision):  # One file: every stage has to have all of it.
-                hf_hub_download(model, SINGLE_FILE, revision=snapshot.name)
-        _require_files(snapshot)
-        return cls(snapshot, model, snapshot.name, _read_weight_map(snapshot), hub_id=model)
+            try:
+                found = snapshot_download(model, revision=revision, allow_patterns=patterns)
+            except IncompleteSnapshotError as error:
+                # Perhaps of files that nobody reads; what is needed is looked for one by one.
+                found = error.snapshot_path
+        snapshot = Path(found)
+        _fetch_single_file(model, snapshot)
+        return cls(snapshot, model, snapshot.name, _read_folder(snapshot), hub_id=model)
 
     @contextmanager
     def open(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
@@ -109,7 +123,7 @@ class Checkpoint:
         if self.hub_id is None or path.exists():
             return path
         logger.info("fetching %s of %s", file_name, self.hub_id)
-        with _hub_errors(self.hub_id, self.revision):
+        with _hub_errors(self.hub_id, self.revision, file_name):
             return Path(hf_hub_download(self.hub_id, file_name, revision=self.revision))
 
     def layer_lists(self, num_layers: int) -> frozenset[str]:
@@ -128,29 +142,87 @@ def layer_of(name: str, layer_lists: Collection[str]) -> int | None:
     return int(match[2]) if match and match[1] in layer_lists else None
 
 
-def _require_files(folder: Path) -> None:
+def _fetch_single_file(model: str, snapshot: Path) -> None:
+    """Fetch the weights of a Hub id if they are one file: every stage has to have all of it."""
+    with _hub_errors(model, snapshot.name, SINGLE_FILE):
+        try:
+            hf_hub_download(model, SINGLE_FILE, revision=snapshot.name)
+        except EntryNotFoundError:  # not at the Hub or, offline, not in the cache
+            if not (snapshot / INDEX_FILE).exists():
+                raise
+
+
+def _read_folder(folder: Path) -> dict[str, str]:
+    """See that a folder has all that a model needs; its tensors' files."""
     if not (folder / "config.json").exists():
         raise ModelNotFoundError(f"{folder} has no config.json; is it a model's folder?")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelNotFoundError(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})"
         )
-    if not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
-        other = next(iter([*folder.glob("*.bin"), *folder.glob("*.gguf")]), None)
-        hint = f"; {other.name} must be converted first" if other else ""
-        raise ModelNotFoundError(f"{folder} has no weights in {SINGLE_FILE} or {INDEX_FILE}{hint}")
+    check_model_files(folder)
+    if (folder / ADAPTER_FILE).exists():
+        raise UnsupportedModelError(
+            f"{folder} has an adapter ({ADAPTER_FILE}): merge it into the weights first, or remove "
+            "that file to run them without it"
+        )
+    return _read_weight_map(folder, _weights_file(folder))
 
 
-def _read_weight_map(folder: Path) -> dict[str, str]:
-    index = folder / INDEX_FILE
+def _weights_file(folder: Path) -> Path:
+    """The file that transformers takes the weights from, or their index.
+
+    Its order (`_get_resolved_checkpoint_files`): what the config names, the single file, the index.
+    """
+    named = read_object(folder / "config.json").get("transformers_weights")
+    if named is not None:
+        path = folder / str(named)
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.exists():
+            raise ModelNotFoundError(
+                f"{folder} has no {named}, which 'transformers_weights' in config.json names"
+            )
+        return path
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists() and index.exists():
+        logger.warning(
+            "%s has both %s and %s: the weights are those of %s, as transformers has it",
+            *(folder, SINGLE_FILE, INDEX_FILE, SINGLE_FILE),
+        )
+    for path in (single, index):
+        if path.exists():
+            return path
+    other = next(iter([*folder.glob("*.bin"), *folder.glob("*.gguf")]), None)
+    hint = f"; {other.name} must be converted first" if other else ""
+    raise ModelNotFoundError(f"{folder} has no weights in {SINGLE_FILE} or {INDEX_FILE}{hint}")
+
+
+def _read_weight_map(folder: Path, weights: Path) -> dict[str, str]:
+    """The file of each tensor: as the files' own headers say, where the files are there."""
+    if weights.suffix != ".json":
+        return dict.fromkeys(_tensor_names(weights), weights.name)
+    indexed = read_object(weights).get("weight_map")
+    if not isinstance(indexed, dict) or not indexed:
+        raise UnsupportedModelError(f"{weights}: 'weight_map' isn't an object of files by tensor")
+    for name, file_name in indexed.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise UnsupportedModelError(
+                f"{weights}: the file of {name!r} in 'weight_map' is {file_name!r}, not a name"
+            )
+    there = {name for name in set(indexed.values()) if (folder / name).exists()}
+    # What the index says of a file that isn't there is all that is known of it: a stage that needs
+    # it says so, or fetches it.
+    weight_map = {name: file for name, file in indexed.items() if file not in there}
+    for file_name in sorted(there):
+        weight_map |= dict.fromkeys(_tensor_names(folder / file_name), file_name)
+    return weight_map
+
+
+def _tensor_names(path: Path) -> list[str]:
     try:
-        if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return weight_map
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelNotFoundError(f"{folder}: its weights can't be read ({error})") from error
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelNotFoundError(f"{path} can't be read ({brief(error)})") from error
 
 
 def _content_hash(folder: Path, weight_map: dict[str, str]) -> str:
@@ -170,8 +242,11 @@ def _content_hash(folder: Path, weight_map: dict[str, str]) -> str:
 
 
 @contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turn the Hub's errors into ours."""
+def _hub_errors(model: str, revision: str | None, file_name: str = "") -> Iterator[None]:
+    """Turn the Hub's errors into ours.
+
+    :param file_name: what is wanted, if it is one file
+    """
     at = f" at revision {revision}" if revision else ""
     try:
         yield
@@ -182,8 +257,14 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{model} has no revision {revision}") from error
     except LocalEntryNotFoundError as error:
+        if file_name:
+            raise ModelNotFoundError(
+                f"{model}{at}: {file_name} isn't in the local cache, and the Hub can't be reached"
+            ) from error
         raise ModelNotFoundError(
             f"{model}{at} is neither a folder nor in the local cache, and the Hub can't be reached"
         ) from error
+    except EntryNotFoundError as error:
+        raise ModelNotFoundError(f"{model}{at} has no {file_name or 'such file'}") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelNotFoundError(f"{model}{at}: the Hub answered {error}") from error
+        raise ModelNotFoundError(f"{model}{at}: the Hub answered {brief(error)}") from error

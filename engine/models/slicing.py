@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from engine.models.checkpoint import Checkpoint, layer_of
+from engine.models.model_files import brief
 from engine.plan import StageSpec
 from queue_api.wire.errors import BatchmillError, ModelNotFoundError, UnsupportedModelError
 
@@ -35,12 +38,19 @@ def load_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
     :raises UnsupportedModelError: if transformers can't make sense of it
     """
+    path = checkpoint.folder / "config.json"
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModelError(f"{checkpoint.name}: {error}") from error
+        text = config.get_text_config()
+        sizes = {name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    except Exception as error:  # each config's class checks in its own way
+        raise UnsupportedModelError(f"{path}: {brief(error)}") from error
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UnsupportedModelError(f"{path}: {name!r} is {size!r}, not a whole number above 0")
+    return config
 
 
 def resolve_dtype(name: str, config: Any, devices: tuple[str, ...]) -> torch.dtype:
@@ -106,7 +116,7 @@ def load_slice(
     except Exception as error:  # the code of a model that wasn't made to be cut may fail in any way
         raise UnsupportedModelError(
             f"{checkpoint.name}: layers {spec.first_layer} to {spec.end_layer - 1} can't be cut "
-            f"out ({type(error).__name__}: {error})"
+            f"out ({type(error).__name__}: {brief(error)})"
         ) from error
 
 
@@ -117,8 +127,9 @@ def _load_slice(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> Any:
-    skeleton = model_without_weights(config, trust_remote_code=trust_remote_code)
-    whole = set(skeleton.state_dict())
+    skeleton = _skeleton(checkpoint, config, trust_remote_code=trust_remote_code)
+    parameters = skeleton.state_dict()
+    whole = set(parameters)
     ties = list(skeleton.all_tied_weights_keys.items())
     _prune(skeleton, spec)
     held = set(skeleton.state_dict())
@@ -126,6 +137,8 @@ def _load_slice(
     others = _under_other_names(checkpoint, ties, held)
     with checkpoint.open([*names, *others.values()]) as tensors, _quiet_loading():
         tensors |= {name: tensors[other] for name, other in others.items()}
+        if getattr(config, "quantization_config", None) is None:  # else several in one
+            _check_sizes(checkpoint, tensors, parameters)
         model, report = _pruned_class(type(skeleton), spec).from_pretrained(
             None,
             config=copy.deepcopy(config),
@@ -141,6 +154,38 @@ def _load_slice(
         raise ModelNotFoundError(f"{checkpoint.name}: weights missing or misshapen: {wrong[:5]}")
     _drop_placeholders(model, spec)
     return model.eval().requires_grad_(False).to(spec.device)
+
+
+def _skeleton(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool) -> Any:
+    try:
+        return model_without_weights(config, trust_remote_code=trust_remote_code)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a field of a value that nobody looked at before
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'config.json'}: no model can be made of it "
+            f"({type(error).__name__}: {brief(error)})"
+        ) from error
+
+
+def _check_sizes(
+    checkpoint: Checkpoint, tensors: dict[str, Any], parameters: dict[str, torch.Tensor]
+) -> None:
+    """See that tensors have the sizes that the config gives them.
+
+    transformers would tell, too, but make all weights first, of whatever size.
+
+    :raises UnsupportedModelError: naming the first that hasn't
+    """
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            continue
+        stored, made = list(tensor.get_shape()), list(parameters[name].shape)
+        if math.prod(stored) != math.prod(made):
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: config.json doesn't fit the weights: {name} is {stored} in "
+                f"{checkpoint.weight_map.get(name, 'them')}, by the config it would be {made}"
+            )
 
 
 def _own_attention(config: Any) -> dict[str, str]:
@@ -285,11 +330,17 @@ def forward_parameters(module: nn.Module) -> frozenset[str]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bars of transformers while a stage loads."""
+    """No progress bars of transformers while a stage loads, nor its table of what is missing.
+
+    What is missing is an error here, and said in a line.
+    """
     shown = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
