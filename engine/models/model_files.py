@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from queue_api.wire.errors import BatchmillError, UnsupportedModelError
@@ -121,19 +120,8 @@ def check_model_files(folder: Path) -> None:
             if value is not None and not is_right(value):
                 raise UnsupportedModelError(f"{path}: {field!r} is {_shown(value)}, not {wanted}")
         templates[name] = held.get("chat_template")
-    _check_generation(folder)
     for path, template in _templates(folder, templates):
         _check_template(path, template)
-
-
-def _check_generation(folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return
-    try:
-        GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a field is wrong by
-        raise UnsupportedModelError(f"{path}: {brief(error)}") from error
 
 
 def _templates(folder: Path, held: dict[str, Any]) -> list[tuple[Path, str]]:
