@@ -14,6 +14,7 @@ from rq.job import Job
 from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import as_text, now, parse_composite_key, utcformat, utcparse
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.jobs import BATCH_SIZE_FIELD
 from queue_api.store.keys import (
     RQ_KEY_PREFIX,
@@ -213,7 +214,7 @@ class Leases:
             for queue in self._queues  # the release changes something in the right one only
         ]
         if calls:
-            await self._scripts.call_many(calls)
+            raise_unless_key(await self._scripts.call_many(calls))
 
     def finishing(
         self,

@@ -47,6 +47,7 @@ class Maintenance:
         self._connection = connection
         self._reclaimer = reclaimer
         self._reclaim_s = settings.lease_s / 2
+        self._timeout_s = settings.redis_timeout_s
         # not at once: if Redis has just come back, everyone else is about to renew their leases
         self._next_reclaim = time.monotonic() + self._reclaim_s
         self._next_locks = 0.0
@@ -58,8 +59,11 @@ class Maintenance:
         return min(SCHEDULER_S, self._reclaim_s)
 
     def postpone(self) -> None:
-        """After an outage, give everyone time to renew leases before taking them for dead."""
-        self._next_reclaim = time.monotonic() + self._reclaim_s
+        """After an outage, give everyone time to renew leases before taking them for dead.
+
+        It may go on for a timeout more before the next try tells.
+        """
+        self._next_reclaim = time.monotonic() + self._timeout_s + self._reclaim_s
 
     def tick(self) -> None:
         """Do what is due."""
@@ -75,9 +79,19 @@ class Maintenance:
 
         Without RQ's maintenance lock: the script needs none, and a worker that stands still while
         it holds the lock mustn't keep the others from its jobs.
+
+        If Redis stood still, the leases of all ran out, and it mustn't be asked before they had a
+        chance to renew them: neither by a request sent now nor by one that was on its way.
         """
+        asked_at = time.monotonic()
+        seconds, micros = self._connection.time()
+        if (still_s := time.monotonic() - asked_at) > self._timeout_s / 2:
+            logger.warning("Redis stood still for %.1f s; leases are given time", still_s)
+            self.postpone()
+            return
         for queue in self._worker.queues:
-            _unless_a_key_is_odd(functools.partial(self._reclaimer.reclaim, queue))
+            before = seconds + micros / 1e6 + self._timeout_s / 2
+            _unless_a_key_is_odd(functools.partial(self._reclaimer.reclaim, queue, before))
 
     def _clean_registries(self) -> None:
         """What RQ's workers do now and then, but for abandoned jobs: those are reclaimed."""

@@ -8,17 +8,17 @@ import signal
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 
-from redis.exceptions import RedisError
 from rq.worker.base import BaseWorker
 
-from queue_api.connection.connect import connect_async
+from queue_api.connection.connect import LONGEST_BLOCK_S, connect_async
+from queue_api.connection.failures import REDIS_ERRORS
 from queue_api.store.scripts import Scripts
 from workers.claim.doorbell import Doorbell
 from workers.claim.heartbeat import Keeper
 from workers.claim.intake import Intake
 from workers.leases import Leases
 from workers.maintenance import Maintenance
-from workers.patience import patiently
+from workers.patience import ReplicaPatience, patiently, raise_if_fatal
 from workers.rq_side.commands import listen_for_commands
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.rare_ends import RareEnds, RQThread
@@ -55,11 +55,14 @@ class Service:
         self._worker = worker
         self._settings = settings
         self._maintenance = maintenance
+        self._replica = ReplicaPatience(settings.redis_url)
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._exit_code = EXIT_DRAINED
         self._has_failed_engine = False
         self._rq_thread = RQThread()
-        self._connection = connect_async(settings.redis_url, 8 + len(worker.queues))
+        self._connection = connect_async(
+            settings.redis_url, 8 + len(worker.queues), settings.redis_timeout_s
+        )
         self._scripts = Scripts(self._connection, worker_scripts())
         leases = Leases(
             self._connection,
@@ -102,7 +105,8 @@ class Service:
             loop.add_signal_handler(signum, self.request_drain)
         loop.set_exception_handler(self._on_loop_error)
         await patiently(self._scripts.load)  # a user who may not run scripts is to know it now
-        doorbell = Doorbell(self._connection, self._worker.queue_keys())
+        block_s = min(LONGEST_BLOCK_S, self._settings.redis_timeout_s / 2)
+        doorbell = Doorbell(self._connection, self._worker.queue_keys(), block_s)
         self._engine_loop.start(
             self._runner.on_done,
             self._runner.on_progress,
@@ -212,7 +216,10 @@ class Service:
             try:
                 if not await self._keeper.beat():
                     await self._rq_thread.run(self._maintenance.register_again)
-            except (RedisError, OSError) as error:
+                self._replica.forget()
+            except REDIS_ERRORS as error:
+                raise_if_fatal(error)
+                self._replica.look(error)
                 logger.warning("leases couldn't be renewed: %s", error)
                 self._maintenance.postpone()
 
@@ -220,8 +227,10 @@ class Service:
         while True:
             try:
                 await self._rq_thread.run(self._maintenance.tick)
-            except (RedisError, OSError) as error:
+            except REDIS_ERRORS as error:
+                raise_if_fatal(error)
                 logger.warning("no maintenance: %s", error)
+                self._maintenance.postpone()
             await asyncio.sleep(self._maintenance.interval_s)
 
     async def _listen_forever(self, listening: asyncio.Event) -> None:

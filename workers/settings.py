@@ -8,12 +8,15 @@ from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from engine.config import PartitionStrategy, Quantization
+from queue_api.connection.connect import SOCKET_TIMEOUT_S
 from queue_api.connection.settings import DEFAULT_QUEUE, EnvironmentSettings, LogLevel
 from queue_api.wire.sampling import GenerationDefaults
 
 __all__ = ["DEMO_MODEL", "WorkerSettings"]
 
 DEMO_MODEL = "demo"
+SHORTEST_TIMEOUT_S = 1.0
+"""Less may be a mere hiccup of a busy server or its disk."""
 
 
 def _split(value: object) -> object:
@@ -73,6 +76,11 @@ class WorkerSettings(EnvironmentSettings):
     """A worker's death costs a long generation at most so many tokens."""
 
     split_queues = field_validator("queues", "stages", "layer_bounds", mode="before")(_split)
+
+    @property
+    def redis_timeout_s(self) -> float:
+        """How long Redis may go without an answer: a lease is to outlast that, and a new try."""
+        return min(SOCKET_TIMEOUT_S, max(SHORTEST_TIMEOUT_S, self.lease_s / 4))
 
     @property
     def requests_held(self) -> int:

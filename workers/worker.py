@@ -122,7 +122,7 @@ def run_worker(settings: WorkerSettings) -> int:
 
     :raises BatchmillError: the settings, the model or Redis can't be used
     """
-    connection = connect(settings.redis_url, max_connections=4)
+    connection = connect(settings.redis_url, max_connections=4, timeout_s=settings.redis_timeout_s)
     try:
         for warning in check_server(connection).warnings():
             logger.warning("%s", warning)

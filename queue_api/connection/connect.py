@@ -17,6 +17,7 @@ import redis.asyncio as aredis
 
 from queue_api.connection.address import safe_url
 from queue_api.connection.hiredis_packing import PackingPool
+from queue_api.connection.role_changes import FollowingPool
 from queue_api.connection.sentinel import (
     AsyncSentinelPool,
     SentinelAddress,
@@ -30,6 +31,7 @@ from queue_api.wire.errors import (
 
 __all__ = [
     "LONGEST_BLOCK_S",
+    "SOCKET_TIMEOUT_S",
     "ServerInfo",
     "check_server",
     "connect",
@@ -45,30 +47,33 @@ CLOCK_TOLERANCE_S = 5.0
 
 _OPTIONS: dict[str, Any] = {
     "protocol": 2,
-    "socket_timeout": SOCKET_TIMEOUT_S,
-    "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "health_check_interval": 30,
 }
 
 
-def connect(url: str, max_connections: int = 16) -> redis.Redis:
+def connect(
+    url: str, max_connections: int = 16, timeout_s: float = SOCKET_TIMEOUT_S
+) -> redis.Redis:
     """A client with a bounded pool whose callers wait for a connection instead of failing.
 
+    :param timeout_s: how long a command may go without an answer
     :raises ConfigurationError: the URL can't be read
     """
     pool: redis.BlockingConnectionPool
     try:
         bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
         if is_sentinel_url(url):
-            pool = SentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url))
+            pool = SentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url, timeout_s))
         else:
-            pool = redis.BlockingConnectionPool.from_url(url, **bounds, **_for_scheme(url))
+            pool = FollowingPool.from_url(url, **bounds, **_for_scheme(url, timeout_s))
     except ValueError as error:
         raise _bad_url(url, error) from None
     return redis.Redis.from_pool(pool)
 
 
-def connect_async(url: str, max_connections: int = 16) -> aredis.Redis:
+def connect_async(
+    url: str, max_connections: int = 16, timeout_s: float = SOCKET_TIMEOUT_S
+) -> aredis.Redis:
     """The same for asyncio.
 
     :raises ConfigurationError: the URL can't be read
@@ -77,17 +82,23 @@ def connect_async(url: str, max_connections: int = 16) -> aredis.Redis:
     try:
         bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
         if is_sentinel_url(url):
-            pool = AsyncSentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url))
+            pool = AsyncSentinelPool(
+                SentinelAddress.parse(url), **bounds, **_for_scheme(url, timeout_s)
+            )
         else:
-            pool = PackingPool.from_url(url, **bounds, **_for_scheme(url))
+            pool = PackingPool.from_url(url, **bounds, **_for_scheme(url, timeout_s))
     except ValueError as error:
         raise _bad_url(url, error) from None
     return aredis.Redis.from_pool(pool)
 
 
-def _for_scheme(url: str) -> dict[str, Any]:
+def _for_scheme(url: str, timeout_s: float) -> dict[str, Any]:
+    timeouts = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": min(CONNECT_TIMEOUT_S, timeout_s),
+    }
     keepalive = {} if url.startswith("unix://") else {"socket_keepalive": True}
-    return {**_OPTIONS, **keepalive}
+    return {**_OPTIONS, **timeouts, **keepalive}
 
 
 def _bad_url(url: str, error: ValueError) -> ConfigurationError:
@@ -126,7 +137,7 @@ class ServerInfo:
 def check_server(connection: redis.Redis) -> ServerInfo:
     """Make sure that work put into this server stays there.
 
-    :raises RedisServerError: too old, a replica, or it may evict keys
+    :raises RedisServerError: too old, in a Cluster, a replica, or it may evict keys
     :raises redis.RedisError: it can't be asked; see `friendly`
     """
     asked_at = time.time()
@@ -137,6 +148,11 @@ def check_server(connection: redis.Redis) -> ServerInfo:
     if version < MINIMUM_VERSION:
         raise RedisServerError(
             f"Redis {info['redis_version']} is too old; batchmill needs 6.2 or newer"
+        )
+    if info.get("cluster_enabled"):
+        raise RedisServerError(
+            "this Redis is part of a Cluster, over which RQ's keys would be scattered; use a "
+            "single primary, by itself or with Sentinel"
         )
     if info.get("role", "master") != "master":
         raise RedisServerError("this Redis is a read-only replica; use its primary's address")

@@ -9,6 +9,7 @@ code first. Both are read the same way.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
 
 import redis
@@ -21,10 +22,23 @@ from queue_api.wire.errors import (
     RedisUnavailableError,
 )
 
-__all__ = ["REDIS_ERRORS", "Failure", "error_code", "failure_of", "friendly", "is_passing"]
+__all__ = [
+    "DEMOTED",
+    "REDIS_ERRORS",
+    "Failure",
+    "error_code",
+    "failure_of",
+    "friendly",
+    "is_passing",
+    "raise_unless_key",
+]
 
 REDIS_ERRORS = (redis.RedisError, OSError)
 """All that a command may raise; `failure_of` tells what it means."""
+
+
+DEMOTED = frozenset({"READONLY", "MASTERDOWN", "UNBLOCKED"})
+"""What a server says that is a replica, or has just become one."""
 
 
 class Failure(Enum):
@@ -61,22 +75,33 @@ _NEVER_PASS = frozenset(
         *("NOAUTH", "NOPERM", "NOPROTO", "WRONGPASS"),
     )
 )
-# Inside a script: at the end of what 6.2 wraps, the code stands behind a dash.
 _CODE = re.compile(r"^-?([A-Z]{3,})\b")
-_WRAPPED = re.compile(r"(?:^|[\s:])-([A-Z]{3,}) ")
+# Behind what is put in front of it: by redis-py in a pipeline, by Redis in EXEC, and by 6.2 in a
+# script, where the code stands behind a dash or at the end of the places that it came through.
+_PIPELINE = " of pipeline caused error: "
+_WRAPPED = re.compile(r"(?:^|[\s:])-([A-Z]{3,}) |because of: ([A-Z]{3,}) |: ([A-Z]{3,}) ")
+_IN_SCRIPT = "Error running script", "Transaction discarded"
+# Servers name no code where a script does what the user may not.
+_DENIED = "The user executing the script can't", "ACL failure in script"
+_KILLED = "Script killed by user"
 
 
 def error_code(error: BaseException) -> str:
     """The first word of what the server said, such as OOM or WRONGTYPE; ERR if it named none."""
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            return code
-    said = str(error)
+    said = str(error).rpartition(_PIPELINE)[2]
+    known = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    if known is not None and known != "EXECABORT":
+        return known
     first = _CODE.match(said)
-    if first is not None and first[1] != "ERR":
+    if first is not None and first[1] not in ("ERR", "ACL"):
         return first[1]
-    wrapped = _WRAPPED.search(said)
-    return wrapped[1] if wrapped is not None else "ERR"
+    if any(words in said for words in _DENIED):
+        return "NOPERM"
+    if _KILLED in said:
+        return "BUSY"  # by whoever found that it took too long
+    wrapped = _WRAPPED.search(said) if said.startswith(_IN_SCRIPT) else None
+    found = next(filter(None, wrapped.groups()), None) if wrapped is not None else None
+    return found or known or "ERR"
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -96,6 +121,13 @@ def failure_of(error: BaseException) -> Failure:
     return Failure.FATAL
 
 
+def raise_unless_key(replies: Iterable[object]) -> None:
+    """Raise the first error among replies of a pipeline that isn't about one key alone."""
+    for reply in replies:
+        if isinstance(reply, Exception) and failure_of(reply) is not Failure.KEY:
+            raise reply
+
+
 def is_passing(error: object) -> bool:
     """True for an error after which the same command may work; False for what is none."""
     return isinstance(error, REDIS_ERRORS) and failure_of(error) is Failure.PASSING
@@ -103,7 +135,12 @@ def is_passing(error: object) -> bool:
 
 def friendly(error: Exception, url: str) -> RedisAccessError:
     """One of our errors, in clear words, for what redis-py raised; raise it `from None`."""
-    address = safe_url(url)
+    told = _told(error, safe_url(url))
+    told.may_pass = is_passing(error)
+    return told
+
+
+def _told(error: Exception, address: str) -> RedisAccessError:
     detail = str(error).rstrip(".")
     code = error_code(error)
     if code in {"NOAUTH", "WRONGPASS"}:
@@ -116,15 +153,29 @@ def friendly(error: Exception, url: str) -> RedisAccessError:
             f"Redis at {address}: the user may not run a command we need ({detail}); "
             "give it the ACL line of docs/redis.md"
         )
-    if code == "OOM":
-        return RedisServerError(
-            f"Redis at {address} is out of memory ({detail}); raise its maxmemory or trim old runs"
-        )
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError) or code in {
-        "LOADING",
-        "READONLY",
-    }:
+    if code in _ADVICE:
+        return RedisServerError(f"Redis at {address} {_ADVICE[code].format(detail=detail)}")
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return RedisUnavailableError(
             f"no Redis answers at {address} ({detail}); start one, or set REDIS_URL or --redis-url"
         )
     return RedisServerError(f"Redis at {address}: {detail}")
+
+
+_ADVICE = {
+    "OOM": "is out of memory ({detail}); raise its maxmemory or trim old runs",
+    "READONLY": "is a read-only replica ({detail}); use its primary's address, or its Sentinels'",
+    "MASTERDOWN": "is a replica without its primary ({detail}); use the primary's address, or the "
+    "Sentinels'",
+    "LOADING": "is still loading its data ({detail}); try again later",
+    "BUSY": "is held up by a script ({detail}); try again later",
+    "NOREPLICAS": "takes no writes without its replicas ({detail}); see its min-replicas-to-write",
+    "MISCONF": "takes no writes because it can't write to its disk ({detail}); see its log",
+    "CLUSTERDOWN": "is part of a Cluster ({detail}); RQ's keys need a single primary, by itself or "
+    "with Sentinel",
+    "MOVED": "is part of a Cluster ({detail}); RQ's keys need a single primary, by itself or "
+    "with Sentinel",
+    "CROSSSLOT": "is part of a Cluster ({detail}); RQ's keys need a single primary, by itself or "
+    "with Sentinel",
+}
+"""What to do about what the server says, by its first word."""

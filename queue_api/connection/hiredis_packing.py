@@ -14,6 +14,8 @@ import redis
 import redis.asyncio as aredis
 from redis.asyncio.connection import AbstractConnection
 
+from queue_api.connection.role_changes import AsyncFollowing
+
 __all__ = ["Packing", "PackingPool"]
 
 
@@ -36,10 +38,12 @@ class Packing(AbstractConnection):
 
 
 class PackingPool(aredis.BlockingConnectionPool):
-    """A bounded pool of such connections, whatever they are otherwise."""
+    """A bounded pool of such connections, which leave a replica, whatever they are otherwise."""
 
     def __init__(
         self, *, connection_class: type[AbstractConnection] = aredis.Connection, **options: Any
     ) -> None:
-        packing = type(f"Packing{connection_class.__name__}", (Packing, connection_class), {})
-        super().__init__(connection_class=packing, **options)
+        bases = (Packing, AsyncFollowing, connection_class)
+        super().__init__(
+            connection_class=type(f"Packing{connection_class.__name__}", bases, {}), **options
+        )

@@ -20,8 +20,9 @@ from redis.sentinel import (
     SentinelManagedSSLConnection,
 )
 
-from queue_api.connection.failures import error_code
+from queue_api.connection.failures import DEMOTED
 from queue_api.connection.hiredis_packing import Packing
+from queue_api.connection.role_changes import AsyncFollowing, Following
 
 __all__ = ["AsyncSentinelPool", "SentinelAddress", "SentinelPool", "is_sentinel_url"]
 
@@ -33,8 +34,8 @@ PREFIX = "sentinel_"
 """Options in the query that are for the Sentinels, not for the servers."""
 ANSWER_WITHIN_S = 2.0
 """A Sentinel that takes longer is passed over for the next."""
-LEAVE_ON = frozenset({"UNBLOCKED", "NOREPLICAS", "MASTERDOWN"})
-"""What a server says that has just become a replica, or has none to write for."""
+LEAVE_ON = DEMOTED | {"NOREPLICAS"}
+"""What a server says that has become a replica, or has none to write for."""
 
 
 def is_sentinel_url(url: str) -> bool:
@@ -102,41 +103,20 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return parts.hostname, parts.port or DEFAULT_PORT
 
 
-def _is_being_replaced(error: redis.ResponseError) -> bool:
-    return error_code(error) in LEAVE_ON
+class _Managed(Following, SentinelManagedConnection):
+    """A new connection asks the Sentinels again."""
 
-
-class _Managed(SentinelManagedConnection):
-    """Takes what a server says that is being replaced for a lost connection.
-
-    So callers try again, and a new connection asks the Sentinels again.
-    """
-
-    def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().read_response(*args, **kwargs)
-        except redis.ResponseError as error:
-            if not _is_being_replaced(error):
-                raise
-            self.disconnect()  # type: ignore[no-untyped-call]
-            raise redis.ConnectionError(str(error)) from None
+    leave_on = LEAVE_ON
 
 
 class _ManagedSSL(_Managed, SentinelManagedSSLConnection):
     """The same over TLS."""
 
 
-class _AsyncManaged(Packing, AsyncManagedConnection):
+class _AsyncManaged(Packing, AsyncFollowing, AsyncManagedConnection):
     """The same for asyncio."""
 
-    async def read_response(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return await super().read_response(*args, **kwargs)
-        except redis.ResponseError as error:
-            if not _is_being_replaced(error):
-                raise
-            await self.disconnect()
-            raise redis.ConnectionError(str(error)) from None
+    leave_on = LEAVE_ON
 
 
 class _AsyncManagedSSL(_AsyncManaged, AsyncManagedSSLConnection):

@@ -135,6 +135,9 @@ class RequestOutOfMemoryError(RequestError):
 class RedisAccessError(BatchmillError):
     """The Redis server can't be used."""
 
+    may_pass = False
+    """The same may work later, without anybody's doing."""
+
 
 class RedisUnavailableError(RedisAccessError):
     """Nothing answers at the address."""

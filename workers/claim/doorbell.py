@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import redis.asyncio as aredis
 
-from queue_api.connection.connect import LONGEST_BLOCK_S
 from queue_api.connection.failures import REDIS_ERRORS
 
 __all__ = ["Doorbell"]
@@ -25,8 +25,10 @@ RETRY_S = 1.0
 class Doorbell:
     """Listens at the queues, one connection each, while somebody waits."""
 
-    def __init__(self, connection: aredis.Redis, queue_keys: Sequence[str]) -> None:
+    def __init__(self, connection: aredis.Redis, queue_keys: Sequence[str], block_s: float) -> None:
+        """:param block_s: the longest wait in one command; less than the connection's timeout"""
         self._connection = connection
+        self._block_s = block_s
         self._rung = asyncio.Event()
         self._armed = [asyncio.Event() for _ in queue_keys]
         self._tasks = [
@@ -51,10 +53,11 @@ class Doorbell:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _listen(self, key: str, armed: asyncio.Event) -> None:
+        block_s: Any = self._block_s  # redis-py's hints know whole seconds alone
         while True:
             await armed.wait()
             try:
-                head = await self._connection.blmove(key, key, int(LONGEST_BLOCK_S), "LEFT", "LEFT")
+                head = await self._connection.blmove(key, key, block_s, "LEFT", "LEFT")
             except REDIS_ERRORS as error:
                 logger.debug("can't listen at %s: %s", key, error)
                 await asyncio.sleep(RETRY_S)

@@ -20,7 +20,7 @@ from queue_api.wire.schemas import ErrorDetail
 from workers.claim.doorbell import Doorbell
 from workers.claim.run_lookup import look_up
 from workers.leases import Lease, Leases
-from workers.patience import OUTAGE_S, patiently
+from workers.patience import OUTAGE_S, patiently, raise_if_fatal
 from workers.running.active import ActiveJob, ActiveRequest
 from workers.running.checkpoints import Checkpoints
 from workers.running.runner import Runner
@@ -61,6 +61,7 @@ class Intake:
             try:
                 await self._claim_once(doorbell)
             except REDIS_ERRORS as error:
+                raise_if_fatal(error)
                 logger.warning("no claim (%s); the model stays loaded", error)
                 # it may have been carried out although its answer got lost
                 self._may_hold_unknown = True

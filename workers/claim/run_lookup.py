@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import redis.asyncio as aredis
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.keys import RunKeys
 
 __all__ = ["RunLookup", "look_up"]
@@ -24,7 +25,7 @@ class RunLookup:
 async def look_up(
     connection: aredis.Redis, runs: Collection[str], indexes: Mapping[str, Collection[int]]
 ) -> RunLookup:
-    """Ask in one round trip.
+    """Ask in one round trip; raises what Redis says of more than one run.
 
     :param indexes: by run, the requests that may have been answered before
     """
@@ -38,6 +39,7 @@ async def look_up(
         pipeline.execute_command("BITFIELD_RO", RunKeys.of(run).done, *reads)
     # an error reply (somebody else's key under a run's name) must not hurt the other runs
     replies = await pipeline.execute(raise_on_error=False)
+    raise_unless_key(replies)
     flags, bitmaps = replies[: len(runs)], replies[len(runs) :]
     done = {
         run: frozenset(index for index, bit in zip(wanted, bits, strict=True) if bit)

@@ -84,13 +84,22 @@ class RQHandlers:
             job.retries_left = None
         self._worker._stopped_job_id = job.id if stopped else None
         with self._burying(lease):
-            self._worker.handle_job_failure(
-                job, self._queue(lease), exc_string=reason, execution=self._execution(lease)
-            )
+            for _ in range(2):
+                self._worker.handle_job_failure(
+                    job, self._queue(lease), exc_string=reason, execution=self._execution(lease)
+                )
+                if not self._is_held(lease):
+                    return
+                # RQ logs what kept it from writing that, and goes on: is it Redis, or the job?
+                self._worker.heartbeat()
+            self._bury(lease, reason)
+
+    def _is_held(self, lease: Lease) -> bool:
+        return self._connection.zscore(_registry_key(lease), lease.composite) is not None
 
     def _held(self, lease: Lease) -> Job | None:
         """The job as it stands now, if its lease is still ours and it can be read."""
-        if self._connection.zscore(_registry_key(lease), lease.composite) is None:
+        if not self._is_held(lease):
             logger.info("job %s ended here, but its lease was lost", lease.job_id)
             return None
         try:

@@ -51,14 +51,18 @@ class Reclaimer:
         self._reclaim = connection.register_script(load_worker_script("reclaim"))
         self._emit = connection.register_script(load_script("emit"))
 
-    def reclaim(self, queue: Queue) -> int:
-        """Deal with every job of the queue that nobody holds any more; returns how many."""
+    def reclaim(self, queue: Queue, before: float = float("inf")) -> int:
+        """Deal with every job of the queue that nobody holds any more; returns how many.
+
+        :param before: does nothing once the server's clock is there (epoch seconds)
+        """
         keys = [StartedJobRegistry.key_template.format(queue.name), queue.key]
         args: list[str | int] = [
             RQ_KEY_PREFIX,
             self._most_deaths,
             alone_after(self._most_deaths),
             MOST_JOBS_PER_CALL,
+            str(before),
         ]
         total = 0
         while True:

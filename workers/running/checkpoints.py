@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import redis.asyncio as aredis
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.keys import partial_key
 from queue_api.store.scripts import ScriptCall, Scripts
 
@@ -66,6 +67,7 @@ class Checkpoints:
         for place in places:
             pipeline.get(self._key(place))
         replies = await pipeline.execute(raise_on_error=False)
+        raise_unless_key(replies)
         return {
             place: _unpacked(raw)
             for place, raw in zip(places, replies, strict=True)

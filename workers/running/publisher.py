@@ -90,8 +90,16 @@ class Publisher:
         self._urgent = asyncio.Event()
         self._stop_gathering = asyncio.Event()
         self._wrote_at = float("-inf")
+        self._is_stuck = False
         self._clean = asyncio.Event()
         self._clean.set()
+
+    @property
+    def num_stuck(self) -> int:
+        """Results that Redis doesn't take at present; 0 while it takes what it is given."""
+        if not self._is_stuck:
+            return 0
+        return len(self._results) + sum(ending.run is None for ending in self._endings)
 
     def add_result(self, run: str, outcome: Outcome) -> None:
         """Write it to its run, as of when that happens."""
@@ -181,6 +189,7 @@ class Publisher:
             self._wrote_at = time.monotonic()
             try:
                 await self._flush()
+                self._is_stuck = False
             except REDIS_ERRORS as error:
                 if not is_passing(error):
                     raise
@@ -190,6 +199,7 @@ class Publisher:
                     len(self._results),
                     len(self._endings),
                 )
+                self._is_stuck = True
                 self._dirty.set()
                 await asyncio.sleep(RETRY_S)
             if self._results or self._endings or self._callbacks or self._needless:

@@ -81,8 +81,12 @@ class Runner:
 
     @property
     def room(self) -> int:
-        """For how many more requests; negative if the last job was larger than the room."""
-        return self._capacity - len(self._requests)
+        """For how many more requests; negative if the last job was larger than the room.
+
+        Results that Redis doesn't take are held as well: else a worker would go on taking work,
+        for which a full Redis needs no memory, until its own memory is full, too.
+        """
+        return self._capacity - len(self._requests) - self._publisher.num_stuck
 
     def hold(self, leases: Sequence[Lease]) -> list[ActiveJob]:
         """Remember claimed jobs, so that their leases are renewed."""

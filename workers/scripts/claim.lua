@@ -48,6 +48,15 @@ for k = 4, #KEYS, 2 do
     local job = prefix .. ':job:' .. id
     -- pcall: somebody's key of another type under a job's name must not stop the queue
     local known = redis.pcall('HMGET', job, 'status', 'batch_size', 'deaths', 'claims')
+    if known.err and not string.find(known.err, 'WRONGTYPE', 1, true) then
+      -- such as a user who may not read jobs: nothing is to be lost by that
+      redis.call('LPUSH', KEYS[k], id)
+      if #reply == 1 then
+        return known
+      end
+      want = 0
+      break
+    end
     local is_alone = (tonumber(known[3] or '') or 0) >= alone
     -- What was cancelled, deleted or pushed twice since is dropped here, as RQ drops it. So is an
     -- id that RQ wouldn't make: a colon in it would be taken for an execution's.

@@ -12,6 +12,9 @@ local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local stamp = string.format('%.6f', now)
 local reply = {redis.call('EXISTS', KEYS[1])}
+-- First what takes no memory: where a script has begun to write, a full Redis lets it go on, and
+-- leases have to be renewed then as well.
+redis.call('EXPIRE', KEYS[1], worker_ttl)
 redis.call('HSET', KEYS[1], 'last_heartbeat', iso, 'state', ARGV[5])
 redis.call('EXPIRE', KEYS[1], worker_ttl)
 redis.call('EXPIRE', KEYS[2], worker_ttl)

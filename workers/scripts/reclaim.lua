@@ -6,12 +6,16 @@
 --
 -- KEYS  1 StartedJobRegistry  2 queue list
 -- ARGV  1 RQ's key prefix  2 deaths after which a job is quarantined  3 deaths after which it
---       has a worker for itself  4 most jobs in one call
+--       has a worker for itself  4 most jobs in one call  5 when it is too late to do so (epoch
+--       seconds): what was on its way while the server stood still finds everyone's leases lapsed
 -- Returns {how many went back, job id and execution id… of those to be quarantined}. The latter
 -- are left as they are, so that they are found again if the caller dies as well.
 -- pcall: somebody's key of another type under a job's names must not keep the others from running.
 local prefix, most_deaths, alone = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
+if clock[1] + clock[2] / 1e6 > tonumber(ARGV[5]) then
+  return {0}
+end
 if redis.call('EXISTS', KEYS[2]) == 1 and redis.call('TYPE', KEYS[2]).ok ~= 'list' then
   return {0}
 end
