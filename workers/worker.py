@@ -7,17 +7,19 @@ import gc
 import logging
 import os
 import socket
+import time
 from typing import Any
 from uuid import uuid4
 
 import redis
 from rq.worker.base import BaseWorker, WorkerStatus
 
-from queue_api.connection.connect import check_server, connect
-from queue_api.connection.failures import REDIS_ERRORS, friendly
+from queue_api.connection.connect import ServerInfo, check_server, connect
+from queue_api.connection.failures import REDIS_ERRORS, friendly, is_answer, is_passing
 from queue_api.store.jobs import GenerateJob, GenerateQueue
 from queue_api.store.keys import MODEL_FIELD
 from workers.maintenance import Maintenance
+from workers.patience import OUTAGE_S
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.process_identity import own_identity
 from workers.rq_side.reclaim import Reclaimer
@@ -117,6 +119,18 @@ def _collect_seldom() -> None:
     gc.set_threshold(COLLECT_AFTER)
 
 
+def _check(connection: redis.Redis) -> ServerInfo:
+    """What `check_server` says once the server is ready; isn't patient with one that's silent."""
+    while True:
+        try:
+            return check_server(connection)
+        except REDIS_ERRORS as error:
+            if not is_passing(error) or not is_answer(error):
+                raise
+            logger.warning("Redis isn't ready (%s); trying again", error)
+        time.sleep(OUTAGE_S)
+
+
 def run_worker(settings: WorkerSettings) -> int:
     """Check Redis, load the engine, serve until told to stop; returns the exit code.
 
@@ -124,7 +138,7 @@ def run_worker(settings: WorkerSettings) -> int:
     """
     connection = connect(settings.redis_url, max_connections=4, timeout_s=settings.redis_timeout_s)
     try:
-        for warning in check_server(connection).warnings():
+        for warning in _check(connection).warnings():
             logger.warning("%s", warning)
         engine = load_engine(settings)
         return BatchWorker(settings, engine, connection).serve()

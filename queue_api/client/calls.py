@@ -15,7 +15,7 @@ from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL
 from queue_api.store.jobs import chunk_job_id, request_json, too_large
 from queue_api.store.reconcile import Reconciler
-from queue_api.store.run_store import RunStore, parse_result
+from queue_api.store.run_store import RunStore, if_possible, parse_result
 from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
@@ -129,14 +129,14 @@ class Interactive:
     async def _listen(self) -> None:
         async with self._opening:
             if self._receiver is None:
-                await self._open()
+                await self._open(self._store)
                 subscription = await self._reader.subscribe(self._run)
                 self._receiver = asyncio.create_task(
                     self._receive(subscription), name="batchmill calls"
                 )
 
-    async def _open(self) -> None:
-        await self._store.open(self._run, queue=self._store.settings.queue, chunk_size=1)
+    async def _open(self, store: RunStore) -> None:
+        await store.open(self._run, queue=store.settings.queue, chunk_size=1)
         self._is_open = True
 
     async def _enqueue(self, indexes: Sequence[int]) -> None:
@@ -164,7 +164,8 @@ class Interactive:
 
     async def _receive(self, subscription: Subscription) -> None:
         reconcile_s = self._store.settings.reconcile_s
-        sweeper = Reconciler(self._store, self._run, self._id_of, self._send_again)
+        hasty = self._store.within(0.0)
+        sweeper = Reconciler(hasty, self._run, self._id_of, self._send_again)
         swept_at = time.monotonic()
         try:
             while True:
@@ -172,19 +173,22 @@ class Interactive:
                 for _, index, raw in entries:
                     self._settle(index, raw)
                 if entries:
-                    await self._store.trim(self._run, entries[-1][0])
+                    await if_possible(hasty.trim(self._run, entries[-1][0]))
                 if time.monotonic() - swept_at >= reconcile_s:
                     swept_at = time.monotonic()
                     if self._pending:
-                        # a Redis that lost it takes no results for it
-                        await self._open()
-                        await sweeper.sweep([i for i, p in self._pending.items() if p.sent])
+                        await if_possible(self._keep_alive(hasty, sweeper))
         except Exception as error:  # as above
             self._receiver = None
             for index in list(self._pending):
                 self._fail(index, error)
         finally:
             subscription.close()
+
+    async def _keep_alive(self, store: RunStore, sweeper: Reconciler) -> None:
+        # a Redis that lost it takes no results for it
+        await self._open(store)
+        await sweeper.sweep([i for i, p in self._pending.items() if p.sent])
 
     def _settle(self, index: int, raw: bytes) -> None:
         pending = self._pending.get(index)

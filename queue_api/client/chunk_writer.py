@@ -115,12 +115,13 @@ class ChunkWriter:
         self._end = index + 1
 
     async def again(self, items: Sequence[tuple[int, GenerationRequest]]) -> None:
-        """Enqueue requests whose jobs are gone once more."""
+        """Enqueue requests whose jobs are gone once more; doesn't wait for a Redis that refuses."""
         chunks: dict[int, list[tuple[int, bytes]]] = {}
         for index, request in items:
             chunks.setdefault(index // self._chunk_size, []).append((index, request_json(request)))
         await self._enqueue(
-            [c for number, chunk in chunks.items() for c in self._jobs(number, chunk)]
+            [c for number, chunk in chunks.items() for c in self._jobs(number, chunk)],
+            self._store.within(0.0),
         )
 
     async def flush(self) -> None:
@@ -130,7 +131,7 @@ class ChunkWriter:
         calls, self._calls = self._calls, []
         results, self._results = self._results, []
         self._waiting = self._bytes = 0
-        await self._enqueue(calls)
+        await self._enqueue(calls, self._store)
         await self._store.emit(self._run, results)
         self._flushed_at = time.monotonic()
         self.submitted = self._end
@@ -155,10 +156,10 @@ class ChunkWriter:
             job_id = single_job_id(self._run, index)
             yield self._template.call(job_id, self._run, [(index, as_json)])
 
-    async def _enqueue(self, calls: Sequence[EnqueueCall]) -> None:
+    async def _enqueue(self, calls: Sequence[EnqueueCall], store: RunStore) -> None:
         pause_s = FIRST_PAUSE_S
         while calls:
-            returned = await self._store.enqueue(calls)
+            returned = await store.enqueue(calls)
             calls = [c for c, r in zip(calls, returned, strict=True) if r == QUEUE_FULL]
             if not calls:
                 return

@@ -9,7 +9,13 @@ from typing import Any, cast
 from uuid import uuid4
 
 from queue_api.connection.connect import LONGEST_BLOCK_S
-from queue_api.connection.failures import REDIS_ERRORS, friendly, is_passing
+from queue_api.connection.failures import (
+    REDIS_ERRORS,
+    Failure,
+    failure_of,
+    friendly,
+    is_passing,
+)
 from queue_api.store.keys import RunKeys, wake_key
 from queue_api.store.run_store import (
     FIRST_PAUSE_S,
@@ -20,7 +26,7 @@ from queue_api.store.run_store import (
     cancellations,
     read_entries,
 )
-from queue_api.wire.errors import BatchmillError, ClientClosedError
+from queue_api.wire.errors import BatchmillError, ClientClosedError, RedisAccessError
 
 __all__ = ["ResultReader", "Subscription", "stream_order"]
 
@@ -29,6 +35,8 @@ logger = logging.getLogger(__name__)
 MOST_UNREAD = 4000
 """A stream whose results nobody takes is left alone from here on."""
 WAKE_TTL_S = 60
+UNHEARD_BLOCK_S = 1.0
+"""The longest that a read waits while it can't be woken."""
 CANCEL_AGAIN_S = 0.1
 
 
@@ -125,6 +133,7 @@ class ResultReader:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._block_s = LONGEST_BLOCK_S / 2
 
     async def subscribe(self, run: str, after: str = "0") -> Subscription:
         """Listen to a run, from behind the entry `after`; "0" is the start.
@@ -157,7 +166,14 @@ class ResultReader:
                 pipe.expire(self._wake_key, WAKE_TTL_S)
                 return await pipe.execute()
 
-        await self._store.call(talk)
+        try:
+            await self._store.within(0.0).call(talk)
+            self._block_s = LONGEST_BLOCK_S / 2
+        except RedisAccessError as error:
+            if not error.may_pass:
+                raise
+            # a full Redis, for one, has no room for a word: the read has to come round by itself
+            self._block_s = UNHEARD_BLOCK_S
 
     async def close(self) -> None:
         """Read no more; whoever waits for results is told."""
@@ -176,11 +192,26 @@ class ResultReader:
                 await self._read_once()
                 pause_s = FIRST_PAUSE_S
             except REDIS_ERRORS as error:
-                if not is_passing(error):
+                if not is_passing(error) and not await self._leave_unreadable(error):
                     raise friendly(error, self._store.settings.redis_url) from None
                 logger.warning("Redis is away while results are waited for (%s)", error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    async def _leave_unreadable(self, error: Exception) -> bool:
+        """Whether the error is that of some streams, which are given up; the others are read on."""
+        if failure_of(error) is not Failure.KEY:
+            return False
+        unreadable = []
+        for subscription in list(self._subscriptions):
+            with contextlib.suppress(*REDIS_ERRORS):
+                kind = await self._store.redis.type(RunKeys.of(subscription.run).results)
+                if kind not in (b"stream", b"none"):
+                    unreadable.append(subscription)
+        for subscription in unreadable:
+            subscription.fail(friendly(error, self._store.settings.redis_url))
+            self.drop(subscription)
+        return bool(unreadable)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         """Whatever ended the reading, nobody goes on waiting for what nobody reads."""
@@ -211,7 +242,7 @@ class ResultReader:
         got = await self._store.redis.xread(
             cast("Any", {**streams, self._wake_key: self._wake_after}),
             count=READ_AT_ONCE,
-            block=int(LONGEST_BLOCK_S / 2 * 1000),
+            block=int(self._block_s * 1000),
         )
         for raw_key, items in cast("list[tuple[bytes, list[Any]]]", got or []):
             key = raw_key.decode()

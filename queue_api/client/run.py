@@ -14,7 +14,7 @@ from queue_api.store.bitmap import Bitmap
 from queue_api.store.cancel import cancel_requests
 from queue_api.store.jobs import chunk_job_id
 from queue_api.store.reconcile import Reconciler
-from queue_api.store.run_store import Entry, RunStore, parse_result
+from queue_api.store.run_store import Entry, RunStore, if_possible, parse_result
 from queue_api.store.runs import RunStatus
 from queue_api.store.undone import open_chunks, pages, request_ids, undone
 from queue_api.wire.errors import InvalidRequestError, RunIncompleteError, RunNotFoundError
@@ -173,25 +173,36 @@ class Run:
     ) -> AsyncGenerator[list[Entry], None]:
         """What comes, with sweeps for abandoned requests while nothing does."""
         reconcile_s = self._store.settings.reconcile_s
-        sweeper = Reconciler(self._store, self.id, self._id_of, self._submit_again)
+        sweeper = Reconciler(self._store.within(0.0), self.id, self._id_of, self._submit_again)
         status = await self._known_status()
+        beyond = 0
         wait_s, heard_at, swept_at = FIRST_WAIT_S, time.monotonic(), time.monotonic()
-        while status.total is None or len(seen) < status.total:
+        while status.total is None or len(seen) - beyond < status.total:
             page = await subscription.take(wait_s)
             if page:
-                yield [entry for entry in page if seen.add(entry[1])]
+                yield [entry for entry in self._asked_for(page, status) if seen.add(entry[1])]
                 wait_s = FIRST_WAIT_S
                 heard_at = swept_at = time.monotonic()
                 continue
-            status = await self._known_status()
+            before, status = status, await self._known_status()
+            if before.total is None and status.total is not None:
+                beyond = len(seen) - seen.count_below(status.total)
             if status.complete:
                 break
             self._check_producer(status, time.monotonic() - heard_at)
             if time.monotonic() - swept_at >= reconcile_s:
                 swept_at = time.monotonic()
-                await sweeper.sweep()
+                await if_possible(sweeper.sweep())
             wait_s = min(wait_s * 2, reconcile_s)
         self._submit_again = None  # whoever removes it from now on means it
+
+    def _asked_for(self, page: list[Entry], status: RunStatus) -> list[Entry]:
+        """Without results of requests that nobody made: whoever may write to Redis wrote them."""
+        total = status.total
+        if total is None or all(index < total for _, index, _ in page):
+            return page
+        logger.warning("run %s: results beyond its %d requests are passed over", self.id, total)
+        return [entry for entry in page if entry[1] < total]
 
     async def _known_status(self) -> RunStatus:
         """How far it is; what Redis forgot of the submission is sent again, if it is at hand.

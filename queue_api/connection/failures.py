@@ -29,6 +29,7 @@ __all__ = [
     "error_code",
     "failure_of",
     "friendly",
+    "is_answer",
     "is_passing",
     "raise_unless_key",
 ]
@@ -119,6 +120,11 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, redis.ResponseError) and "unknown command" not in str(error).lower():
         return Failure.KEY
     return Failure.FATAL
+
+
+def is_answer(error: BaseException) -> bool:
+    """True if a server said so: one is there, even if it can't do what it was told."""
+    return error_code(error) != "ERR" or isinstance(error, redis.ResponseError)
 
 
 def raise_unless_key(replies: Iterable[object]) -> None:

@@ -18,7 +18,7 @@ from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
-from queue_api.store.run_store import Entry, parse_result
+from queue_api.store.run_store import Entry, if_possible, parse_result
 from queue_api.wire.errors import RequestError, RowsFailedError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
@@ -148,6 +148,7 @@ class DatasetRun:
         self._check_end(total)
         await self._store.set(self._opened.run, total=total)
         self._total = total
+        self._early.clear()  # of no row that there is
         subscription.poke()
 
     def _check_end(self, total: int) -> None:
@@ -195,7 +196,8 @@ class DatasetRun:
 
     async def _write_on(self, subscription: Subscription) -> None:
         reconcile_s = self._store.settings.reconcile_s
-        sweeper = Reconciler(self._store, self._opened.run, self._id_of, self._resubmit)
+        hasty = self._store.within(0.0)
+        sweeper = Reconciler(hasty, self._opened.run, self._id_of, self._resubmit)
         heard_at = time.monotonic()
         while self._total is None or self._pending or self._ready:
             entries = await subscription.take(reconcile_s)
@@ -205,14 +207,15 @@ class DatasetRun:
                 await self._write(answered)
             # a result whose row hasn't been read yet is nowhere but in the stream
             if entries and not self._early:
-                await self._store.trim(self._opened.run, entries[-1][0])
+                await if_possible(hasty.trim(self._opened.run, entries[-1][0]))
             self._outstanding = len(self._pending)
             self._room.set()
             if entries or answered:
                 heard_at = time.monotonic()
             elif time.monotonic() - heard_at >= reconcile_s and self._pending:
                 heard_at = time.monotonic()
-                await sweeper.sweep([i for i in self._pending if i < self._chunks.submitted])
+                waiting = [i for i in self._pending if i < self._chunks.submitted]
+                await if_possible(sweeper.sweep(waiting))
         if subscription.last != "0":
             await self._store.trim(self._opened.run, subscription.last)
 
@@ -221,9 +224,13 @@ class DatasetRun:
         for _, index, raw in entries:
             if (row := self._pending.pop(index, None)) is not None:
                 answered.append((row, raw))
-            elif index not in self._writer:
+            elif index not in self._writer and self._may_be_early(index):
                 self._early[index] = raw
         return answered
+
+    def _may_be_early(self, index: int) -> bool:
+        """Whether an earlier life may have asked for it, and its row is still to be read."""
+        return self._total is None and index < self._opened.submitted + self._window
 
     async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
         lines = []

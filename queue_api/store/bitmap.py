@@ -36,6 +36,12 @@ class Bitmap:
         self._count += 1
         return True
 
+    def count_below(self, end: int) -> int:
+        """How many numbers from 0 to before `end` are in the set."""
+        whole, rest = divmod(end, 8)
+        count = int.from_bytes(self._bits[:whole], "big").bit_count()
+        return count + sum(index in self for index in range(end - rest, end))
+
     def missing(self, end: int, start: int = 0) -> Iterator[int]:
         """The numbers from `start` to before `end` that aren't in the set."""
         place, last = start >> 3, (end + 7) >> 3

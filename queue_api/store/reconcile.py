@@ -141,8 +141,8 @@ class Reconciler:
         await self.store.misplaced(status.queue, there, forget=True)
         if self.resubmit is not None and again:
             logger.warning("run %s: %d requests lost their jobs; sent again", self.run, len(again))
-            self._resubmitted |= again
             await self.resubmit(lost)
+            self._resubmitted |= again
 
     async def _end(self, status: RunStatus, abandoned: dict[int, str]) -> None:
         ids = await request_ids(self.store, status, abandoned, self.id_of)

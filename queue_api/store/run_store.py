@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import redis.asyncio as aredis
 from pydantic import ValidationError
 
 from queue_api.connection.connect import check_server, connect, connect_async
-from queue_api.connection.failures import REDIS_ERRORS, friendly, is_passing
+from queue_api.connection.failures import REDIS_ERRORS, friendly, is_answer, is_passing
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
@@ -32,7 +33,7 @@ from queue_api.store.keys import (
 from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
 from queue_api.store.scripts import ScriptCall, Scripts, load_scripts
-from queue_api.wire.errors import RunNotFoundError
+from queue_api.wire.errors import RedisAccessError, RunNotFoundError
 from queue_api.wire.schemas import ErrorDetail, GenerationResult, describe
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Entry",
     "RunStore",
     "cancellations",
+    "if_possible",
     "parse_result",
     "read_entries",
 ]
@@ -61,6 +63,8 @@ QUEUE_ENTRIES_AT_ONCE = 1_000_000
 READ_AT_ONCE = 100
 """Entries; each holds up to 64 results (emit.lua)."""
 JOBS_AT_ONCE = 1000
+MOST_REQUESTS, MOST_DIGITS = 2**31, 10
+"""Of a run: its bitmap has no more places (decode_chunk)."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 3.0
 
 
@@ -77,17 +81,32 @@ class RunStore:
         self._scripts = Scripts(self.redis, load_scripts())
         self._connected = False
 
+    def within(self, patience_s: float) -> RunStore:
+        """The same Redis over the same connections, tried no longer than that."""
+        hasty = copy.copy(self)
+        hasty.settings = self.settings.model_copy(update={"reconnect_s": patience_s})
+        return hasty
+
     async def connect(self) -> None:
         """Check the server once; what is wrong with it is told before any work is.
 
+        One that answers but isn't ready, as while it loads its data, is waited for.
+
         :raises RedisAccessError: see queue_api.connection.connect.check_server
         """
-        if self._connected:
+        give_up_at = time.monotonic() + self.settings.reconnect_s
+        while not self._connected:
+            try:
+                info = await asyncio.to_thread(check_server, self.rq_connection)
+                break
+            except REDIS_ERRORS as error:
+                waits = is_passing(error) and is_answer(error)
+                if not waits or time.monotonic() + LONGEST_PAUSE_S > give_up_at:
+                    raise friendly(error, self.settings.redis_url) from None
+                logger.warning("Redis isn't ready (%s); trying again", error)
+            await asyncio.sleep(LONGEST_PAUSE_S)
+        else:
             return
-        try:
-            info = await asyncio.to_thread(check_server, self.rq_connection)
-        except REDIS_ERRORS as error:
-            raise friendly(error, self.settings.redis_url) from None
         for warning in info.warnings():
             logger.info("%s", warning)  # workers warn of it; a client can do nothing about it
         self._connected = True
@@ -310,6 +329,20 @@ class RunStore:
         return found
 
 
+async def if_possible(work: Awaitable[object]) -> None:
+    """Do what can be done later as well, of a store `within` little time: it must not hold up
+    those who read, from a full Redis say, which only readers can empty.
+
+    :raises RedisAccessError: it never will be possible
+    """
+    try:
+        await work
+    except RedisAccessError as error:
+        if not error.may_pass:
+            raise
+        logger.info("put off: %s", error)
+
+
 def cancellations() -> int:
     """How often the current task was asked to stop; if that grew over a command, stop.
 
@@ -325,14 +358,27 @@ def read_entries(items: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> list[E
     found: list[Entry] = []
     for raw_id, fields in items:
         entry_id = raw_id.decode()
-        try:
-            if b"result" in fields:  # one to an entry, as they were written once
-                found.append((entry_id, int(fields[b"index"]), fields[b"result"]))
+        named = fields.items()
+        if b"result" in fields:  # one to an entry, as they were written once
+            named = {fields.get(b"index", b""): fields[b"result"]}.items()
+        for name, raw in named:
+            if (index := _index(name)) is not None:
+                found.append((entry_id, index, raw))
             else:
-                found += [(entry_id, int(index), raw) for index, raw in fields.items()]
-        except (KeyError, ValueError):
-            logger.warning("skipped entry %r of a result stream: not a result", raw_id)
+                logger.warning(
+                    "skipped a field of entry %s of a result stream: %.40r is no index",
+                    entry_id,
+                    name,
+                )
     return found
+
+
+def _index(name: bytes) -> int | None:
+    """What a worker writes as an index; None for what anyone else may have written."""
+    if not name.isdigit() or len(name) > MOST_DIGITS or (name[:1] == b"0" and name != b"0"):
+        return None
+    index = int(name)
+    return index if index < MOST_REQUESTS else None
 
 
 def parse_result(run: str, index: int, raw: bytes) -> GenerationResult:
