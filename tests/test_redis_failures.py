@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import redis.asyncio as aredis
 from kits.faults import PASSING
 from kits.servers import KINDS, server_of
 from kits.worker_kit import WorkerProcess, completed, submit, until, workers
@@ -61,12 +62,27 @@ def ways(client: redis.Redis) -> dict[str, Callable[[], object]]:
             (reply,) = pipe.execute(raise_on_error=False)
         raise reply
 
+    def asyncio_pipeline(transaction: bool) -> None:
+        async def write() -> None:
+            other = aredis.Redis(connection_pool=pool)
+            async with other, other.pipeline(transaction=transaction) as pipe:
+                pipe.set("key", "v")
+                pipe.eval(WRITE, 1, "key")
+                await pipe.execute()
+
+        given = client.connection_pool.connection_kwargs
+        options = {k: v for k, v in given.items() if k in ("path", "username", "password")}
+        pool = aredis.ConnectionPool(connection_class=aredis.UnixDomainSocketConnection, **options)
+        asyncio.run(write())
+
     return {
         "outside": lambda: client.set("key", "v"),
         "in a script": lambda: client.eval(WRITE, 1, "key"),
         "in a pipeline": lambda: pipeline(transaction=False),
         "in a transaction": lambda: pipeline(transaction=True),
         "in place of a reply": in_place_of_a_reply,
+        "in a pipeline of asyncio": lambda: asyncio_pipeline(transaction=False),
+        "in a transaction of asyncio": lambda: asyncio_pipeline(transaction=True),
     }
 
 

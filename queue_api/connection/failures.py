@@ -89,7 +89,8 @@ _KILLED = "Script killed by user"
 
 def error_code(error: BaseException) -> str:
     """The first word of what the server said, such as OOM or WRONGTYPE; ERR if it named none."""
-    said = str(error).rpartition(_PIPELINE)[2]
+    # that of asyncio shows the tuple of the error's arguments
+    said = str(error).rpartition(_PIPELINE)[2].lstrip("('\"")
     known = next((code for kind, code in _CODES if isinstance(error, kind)), None)
     if known is not None and known != "EXECABORT":
         return known

@@ -31,6 +31,7 @@ def no_replicas(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
 def full_disk(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     """Its last snapshot couldn't be written, as on a full disk."""
     in_its_place = Path(admin.config_get("dir")["dir"]) / "dump.rdb" / "in its place"
+    in_its_place.parent.unlink(missing_ok=True)
     in_its_place.mkdir(parents=True)
     admin.config_set("stop-writes-on-bgsave-error", "yes")
     admin.config_set("save", "1000000 1000000")
