@@ -23,8 +23,10 @@ Fault = Callable[[EmbeddedRedis, redis.Redis], AbstractContextManager[None]]
 def no_replicas(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     """It wants a replica to write to, and has none."""
     admin.config_set("min-replicas-to-write", 1)
-    yield
-    admin.config_set("min-replicas-to-write", 0)
+    try:
+        yield
+    finally:
+        admin.config_set("min-replicas-to-write", 0)
 
 
 @contextmanager
@@ -37,12 +39,14 @@ def full_disk(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     admin.config_set("save", "1000000 1000000")
     admin.bgsave()
     until(lambda: admin.info("persistence")["rdb_last_bgsave_status"] == "err")
-    yield
-    in_its_place.rmdir()
-    in_its_place.parent.rmdir()
-    admin.bgsave()
-    until(lambda: admin.info("persistence")["rdb_last_bgsave_status"] == "ok")
-    admin.config_set("save", "")
+    try:
+        yield
+    finally:
+        in_its_place.rmdir()
+        in_its_place.parent.rmdir()
+        admin.bgsave()
+        until(lambda: admin.info("persistence")["rdb_last_bgsave_status"] == "ok")
+        admin.config_set("save", "")
 
 
 @contextmanager
@@ -57,9 +61,11 @@ def long_script(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     looping = threading.Thread(target=loop)
     looping.start()
     until(lambda: said_by(lambda: admin.get("key")).startswith("BUSY"))
-    yield
-    admin.script_kill()
-    looping.join()
+    try:
+        yield
+    finally:
+        admin.script_kill()
+        looping.join()
 
 
 @contextmanager
@@ -76,26 +82,32 @@ def loading(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
 
     threading.Thread(target=restart, daemon=True).start()
     until(lambda: "loading" in said_by(lambda: admin.get("key")))
-    yield
-    ready.wait()
-    admin.bgrewriteaof()
-    until(lambda: not admin.info("persistence")["aof_rewrite_in_progress"])
+    try:
+        yield
+    finally:
+        ready.wait()
+        admin.bgrewriteaof()
+        until(lambda: not admin.info("persistence")["aof_rewrite_in_progress"])
 
 
 @contextmanager
 def out_of_memory(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     """It has less memory than its data take."""
     admin.config_set("maxmemory", 1)
-    yield
-    admin.config_set("maxmemory", 0)
+    try:
+        yield
+    finally:
+        admin.config_set("maxmemory", 0)
 
 
 @contextmanager
 def replica(server: EmbeddedRedis, admin: redis.Redis) -> Iterator[None]:
     """It has become the replica of a server that can't be reached."""
     admin.replicaof("127.0.0.1", "1")
-    yield
-    admin.replicaof("NO", "ONE")
+    try:
+        yield
+    finally:
+        admin.replicaof("NO", "ONE")
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""A Redis whose memory is full takes no results: what there is is kept, and no more is begun."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import redis
+from kits.client_kit import Answerer
+from kits.faults import out_of_memory
+from kits.servers import KINDS, server_of
+from kits.worker_kit import completed, num_done, submit, until
+
+from queue_api.client.client import Client
+from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.connection.settings import QueueSettings
+from queue_api.store.keys import RunKeys
+
+CAPACITY, CHUNK = 16, 8
+HELD = "rq:wip:batchmill"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(binary=server_of(request.param)) as running:
+        yield running
+
+
+def refusals(connection: redis.Redis) -> int:
+    """How often the server has said that it is out of memory."""
+    return int(connection.info("errorstats").get("errorstat_OOM", {}).get("count", 0))
+
+
+def calls(connection: redis.Redis) -> int:
+    return sum(stats["calls"] for stats in connection.info("commandstats").values())
+
+
+def test_a_worker_keeps_its_results_and_takes_no_more_than_it_may_hold(
+    server, connection, start_worker
+):
+    worker = start_worker("echo:tokens=4,step_s=0.01", max_num_seqs=8, capacity=CAPACITY, lease_s=2)
+    total = 600
+    submit(connection, "run", [f"w{i} x" for i in range(total)], chunk_size=CHUNK)
+    until(lambda: num_done(connection, "run") > 20)
+    with out_of_memory(server, connection):
+        refused = lambda: worker.said().count("takes no writes")  # noqa: E731
+        until(lambda: refused() >= 2)
+        before, held = calls(connection), connection.zrange(HELD, 0, -1)
+        # twice the lease
+        until(lambda: refused() >= 10)
+        assert calls(connection) - before < 1000
+        leases = connection.zrange(HELD, 0, -1, withscores=True)
+        assert sorted(job for job, _ in leases) == sorted(held)
+        # what it took until it was refused the first time is more than its capacity alone
+        assert 0 < len(leases) * CHUNK <= 3 * CAPACITY
+        assert min(until for _, until in leases) > connection.time()[0]
+    found = completed(connection, "run", total)
+    assert {(result.ok, result.attempt) for result in found} == {(True, 1)}
+    assert "lost results" not in worker.said() and "CRITICAL" not in worker.said()
+
+
+def test_a_waiting_call_waits_on(server, connection):
+    # it isn't patience with commands that lets it
+    settings = QueueSettings(redis_url=server.url, reconcile_s=0.05, reconnect_s=0.5)
+
+    async def main() -> str:
+        async with Client(settings=settings) as client:
+            asking = asyncio.create_task(client.generate("hello"))
+            await asyncio.to_thread(until, lambda: connection.llen("rq:queue:batchmill"))
+            before = refusals(connection)
+            with out_of_memory(server, connection):
+                await asyncio.to_thread(until, lambda: refusals(connection) > before + 20)
+                assert not asking.done()
+            Answerer(connection).answer()
+            return (await asking).text
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == "answer to hello"
+
+
+def test_results_are_read_and_trimmed_while_it_is_full(server, connection):
+    settings = QueueSettings(redis_url=server.url, reconcile_s=0.05, reconnect_s=0.5)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            for run in ("waits", "run"):
+                await client.submit(["a", "b"], run, queue=run)
+            Answerer(connection).answer(queue="run")
+            # its reader is blocked, and can't be told of the other run
+            waiting = asyncio.create_task(anext(client.run("waits").results()))
+            await asyncio.to_thread(until, lambda: connection.info("clients")["blocked_clients"])
+            with out_of_memory(server, connection):
+                texts = [result.text async for result in client.run("run").results()]
+                assert texts == ["answer to a", "answer to b"]
+                (last,) = connection.xrevrange(RunKeys.of("run").results, count=1)
+                await client.store.trim("run", last[0].decode())
+                assert connection.xlen(RunKeys.of("run").results) == 0
+            Answerer(connection).answer(queue="waits")
+            assert (await waiting).text == "answer to a"
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_client_closes_without_waiting_for_room(server, connection):
+    settings = QueueSettings(redis_url=server.url, reconnect_s=300)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            asking = asyncio.create_task(client.generate("hello"))
+            await asyncio.to_thread(until, lambda: connection.llen("rq:queue:batchmill"))
+            connection.config_set("maxmemory", 1)
+        await asyncio.gather(asking, return_exceptions=True)
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), 60))
+    finally:
+        connection.config_set("maxmemory", 0)
