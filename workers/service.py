@@ -211,11 +211,15 @@ class Service:
         await self._intake.claim_forever(doorbell)
 
     async def _beat_forever(self) -> None:
+        is_registered = True
         while True:
             await asyncio.sleep(min(self._settings.lease_s / 4, LONGEST_BEAT_S))
             try:
-                if not await self._keeper.beat():
+                # asked again, it would know the worker by this beat alone
+                is_registered = await self._keeper.beat() and is_registered
+                if not is_registered:
                     await self._rq_thread.run(self._maintenance.register_again)
+                    is_registered = True
                 self._replica.forget()
             except REDIS_ERRORS as error:
                 raise_if_fatal(error)

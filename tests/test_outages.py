@@ -1,0 +1,81 @@
+"""A server that stands still, or has become a replica: what workers make of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from kits.worker_kit import (
+    SERVE,
+    WorkerProcess,
+    completed,
+    num_done,
+    status,
+    submit,
+    until,
+    workers,
+)
+
+from queue_api.connection.connect import connect
+from queue_api.connection.embedded import EmbeddedRedis
+
+HASTY = "import workers.patience as p\np.REPLICA_PATIENCE_S = 1\n" + SERVE
+
+
+def test_a_server_that_stood_still_past_the_leases_costs_nobody_a_death(
+    connection, server, start_worker
+):
+    """It finds the requests of all that waited when it goes on, those for lapsed leases first."""
+    settings = {"lease_s": 4, "max_num_seqs": 16}
+    worker = start_worker("echo:tokens=80,step_s=0.1", **settings)
+    start_worker("echo:tokens=80,step_s=0.1", **settings)
+    submit(connection, "run", [f"w{i} x" for i in range(32)])
+    until(lambda: status(connection, "run-3") == "started")
+    os.kill(server.pid, signal.SIGSTOP)
+    # a second's timeout and a second's pause each: longer than a lease
+    until(lambda: worker.said().count("leases couldn't be renewed") >= 3)
+    os.kill(server.pid, signal.SIGCONT)
+    found = completed(connection, "run", 32)
+    assert {(result.ok, result.attempt) for result in found} == {(True, 1)}
+    assert "abandoned jobs" not in worker.said()
+
+
+def test_a_worker_follows_its_address_to_another_server(connection, server, tmp_path: Path):
+    """As when a name leads to the new primary, and the old one goes on as its replica."""
+    address = tmp_path / "redis.sock"
+    address.symlink_to(server.url.removeprefix("unix://"))
+    worker = WorkerProcess(f"unix://{address}", tmp_path / "worker.log", lease_s=4)
+    try:
+        until(lambda: workers(connection))
+        submit(connection, "run", ["a b"] * 4)
+        completed(connection, "run", 4)
+        with EmbeddedRedis() as other:
+            elsewhere = connect(other.url)
+            address.unlink()
+            address.symlink_to(other.url.removeprefix("unix://"))
+            submit(elsewhere, "other", ["a b"] * 4)
+            assert num_done(elsewhere, "other") == 0
+            connection.replicaof("127.0.0.1", "1")
+            completed(elsewhere, "other", 4)
+            until(lambda: workers(elsewhere))
+            worker.send(signal.SIGTERM)
+            assert worker.wait() == 0
+            elsewhere.close()
+    finally:
+        worker.kill()
+        connection.replicaof("NO", "ONE")
+
+
+def test_an_address_that_leads_to_a_replica_for_long_ends_the_worker(
+    connection, server, tmp_path: Path
+):
+    worker = WorkerProcess(server.url, tmp_path / "worker.log", script=HASTY)
+    try:
+        until(lambda: workers(connection))
+        connection.replicaof("127.0.0.1", "1")
+        assert worker.wait() == 1
+        assert "read-only replica" in worker.said() and "primary's address" in worker.said()
+    finally:
+        worker.kill()
+        connection.replicaof("NO", "ONE")
