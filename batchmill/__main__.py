@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from batchmill.hidden_password import hide_password
 from batchmill.own_packages import strangers
 
 __all__ = ["main"]
@@ -14,6 +15,7 @@ def main() -> None:
     if found := strangers():
         sys.stderr.write(f"batchmill: {found}\n")
         sys.exit(2)
+    hide_password()
     from batchmill.commands.app import main as run_command
 
     run_command()

@@ -27,7 +27,12 @@ COMMAND = [
 
 @pytest.fixture
 def environment(server: EmbeddedRedis, connection: redis.Redis) -> dict[str, str]:
-    return {**os.environ, "REDIS_URL": server.url, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return {
+        **os.environ,
+        "BATCHMILL_REDIS_URL": server.url,
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "100",
+    }
 
 
 @pytest.fixture

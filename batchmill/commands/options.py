@@ -64,7 +64,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         help="redis://user:password@host:port/db, rediss://… for TLS, unix:///path, "
-        "redis+sentinel://host,host/service. Default: $REDIS_URL.",
+        "redis+sentinel://host,host/service. Default: $BATCHMILL_REDIS_URL, else $REDIS_URL.",
         show_default=False,
     ),
 ]

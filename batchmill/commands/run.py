@@ -160,7 +160,7 @@ def _model_of(settings: WorkerSettings) -> str:
 def _given_redis_url(flag: str | None) -> str | None:
     """The address that a flag or the environment names; None if neither does."""
     settings = QueueSettings.load(redis_url=flag)
-    return settings.redis_url if "redis_url" in settings.model_fields_set else None
+    return settings.redis_url if settings.names_redis else None
 
 
 def _threads_each(num_workers: int) -> int | None:

@@ -151,7 +151,7 @@ class _Chaos:
         settings = self._settings
         echo = f"echo:tokens={MOST_TOKENS},step_s={settings.step_s},max_num_seqs={ECHO_SEQS}"
         shared = {
-            "REDIS_URL": self._server.url,
+            "BATCHMILL_REDIS_URL": self._server.url,
             "BATCHMILL_LEASE_S": str(settings.lease_s),
             "BATCHMILL_MAX_DEATHS": str(settings.max_deaths),
             "BATCHMILL_DRAIN_GRACE_S": "1",
@@ -182,7 +182,7 @@ class _Chaos:
         else:
             command = ["benchmarks.chaos.clients", part.client, str(rows), str(output)]
         environment = {
-            "REDIS_URL": self._server.url,
+            "BATCHMILL_REDIS_URL": self._server.url,
             "BATCHMILL_RECONCILE_S": "1",
             # so that there is submitting to be interrupted all the time
             "BATCHMILL_MAX_QUEUE": "40",

@@ -27,7 +27,7 @@ def measure(count: int) -> dict[str, Any]:
         model = f"echo:tokens={TOKENS},step_s={STEP_S}"
         worker = subprocess.Popen(
             module("batchmill", "worker", "--model", model),
-            env=environment(REDIS_URL=server.url),
+            env=environment(BATCHMILL_REDIS_URL=server.url),
             stderr=subprocess.DEVNULL,
         )
         try:

@@ -32,7 +32,7 @@ def measure(count: int, num_workers: int = 1) -> dict[str, Any]:
         _write_rows(source, count)
         connection = connect(server.url)
         before = connection.info("memory")["used_memory"]
-        settings = environment(REDIS_URL=server.url, BATCHMILL_MAX_NUM_SEQS="256")
+        settings = environment(BATCHMILL_REDIS_URL=server.url, BATCHMILL_MAX_NUM_SEQS="256")
         workers = [
             subprocess.Popen(
                 module("batchmill", "worker", "--model", "echo:"),

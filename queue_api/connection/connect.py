@@ -15,7 +15,7 @@ from typing import Any, cast
 import redis
 import redis.asyncio as aredis
 
-from queue_api.connection.address import safe_url
+from queue_api.connection.address import check_url, safe_url, why_unreadable
 from queue_api.connection.hiredis_packing import PackingPool
 from queue_api.connection.role_changes import FollowingPool
 from queue_api.connection.sentinel import (
@@ -61,6 +61,7 @@ def connect(
     """
     pool: redis.BlockingConnectionPool
     try:
+        check_url(url)
         bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
         if is_sentinel_url(url):
             pool = SentinelPool(SentinelAddress.parse(url), **bounds, **_for_scheme(url, timeout_s))
@@ -80,6 +81,7 @@ def connect_async(
     """
     pool: aredis.BlockingConnectionPool
     try:
+        check_url(url)
         bounds = {"max_connections": max_connections, "timeout": SOCKET_TIMEOUT_S}
         if is_sentinel_url(url):
             pool = AsyncSentinelPool(
@@ -103,7 +105,7 @@ def _for_scheme(url: str, timeout_s: float) -> dict[str, Any]:
 
 def _bad_url(url: str, error: ValueError) -> ConfigurationError:
     return ConfigurationError(
-        f"{safe_url(url)!r} isn't a Redis URL ({error}); use something like "
+        f"{safe_url(url)!r} isn't a Redis URL ({why_unreadable(error)}); use something like "
         "redis://localhost:6379/0, rediss://user:password@host:6380, unix:///run/redis.sock or "
         "redis+sentinel://host:26379,host:26379/mymaster/0"
     )

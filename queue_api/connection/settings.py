@@ -3,9 +3,10 @@ read the environment."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from queue_api.wire.errors import ConfigurationError
@@ -21,21 +22,21 @@ __all__ = [
 
 DEFAULT_QUEUE = "batchmill"
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
+SHARED_VARIABLE = "REDIS_URL"
+"""Where other programs look for the address, too."""
 DEFAULT_RUN_TTL_S = 7 * 86_400
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class EnvironmentSettings(BaseSettings):
-    """Each field is read from `BATCHMILL_<FIELD>`; Redis's address from `REDIS_URL` as well."""
+    """Each field is read from `BATCHMILL_<FIELD>`; Redis's address from `REDIS_URL` after that."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BATCHMILL_", frozen=True, extra="forbid", populate_by_name=True
-    )
+    model_config = SettingsConfigDict(env_prefix="BATCHMILL_", frozen=True, extra="forbid")
 
     redis_url: str = Field(
-        default=DEFAULT_REDIS_URL,
-        validation_alias=AliasChoices("redis_url", "BATCHMILL_REDIS_URL", "REDIS_URL"),
+        # no alias: those are looked for among what is given and in the environment at once
+        default_factory=lambda: os.environ.get(SHARED_VARIABLE, DEFAULT_REDIS_URL)
     )
     redis_server: str | None = None
     """The server program that is started where no address is named: a path or a name on PATH, or
@@ -43,6 +44,11 @@ class EnvironmentSettings(BaseSettings):
     log_level: LogLevel = "warning"
     run_ttl_s: int = Field(default=DEFAULT_RUN_TTL_S, ge=60)
     """A run, and a failed job, are forgotten so long after their last change."""
+
+    @property
+    def names_redis(self) -> bool:
+        """Whether somebody said where Redis is."""
+        return "redis_url" in self.model_fields_set or SHARED_VARIABLE in os.environ
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:

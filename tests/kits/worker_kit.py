@@ -55,7 +55,7 @@ class WorkerProcess:
         **settings: Any,
     ):
         environment = {f"BATCHMILL_{name.upper()}": str(value) for name, value in settings.items()}
-        environment |= {"REDIS_URL": redis_url, "BATCHMILL_MODEL": model}
+        environment |= {"BATCHMILL_REDIS_URL": redis_url, "BATCHMILL_MODEL": model}
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
