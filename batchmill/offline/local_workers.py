@@ -97,6 +97,11 @@ class LocalCluster:
                 f"text; the last one said: {self._last_words('nothing')}"
             )
 
+    def kill(self) -> None:
+        """End the workers at once: there is nothing that they could give their work back to."""
+        self._stopping.set()
+        self._signal_all(signal.SIGKILL)
+
     async def stop(self) -> None:
         """Drain the workers (SIGTERM); kill those that take longer than `stop_timeout_s`."""
         self._stopping.set()

@@ -25,14 +25,18 @@ from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
 from queue_api.store.run_store import RunStore
-from queue_api.wire.errors import ConfigurationError
+from queue_api.wire.errors import BatchmillError, ConfigurationError, RunIncompleteError
 from queue_api.wire.plain_text import visible
 from queue_api.wire.schemas import SamplingParams
 from workers.running.engines import require_packages
 
-__all__ = ["OfflineRun", "run_offline"]
+__all__ = ["OfflineRun", "ServerEndedError", "run_offline"]
 
 LOOK_EVERY_S = 0.1
+
+
+class ServerEndedError(RunIncompleteError):
+    """The private Redis of a run ended before the run did."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
 
 
 async def _run(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummary:
-    with _redis(job.redis_url) as redis_url, progress_display(console) as display:
+    with _redis(job.redis_url) as (redis_url, server), progress_display(console) as display:
         queue = job.queue or f"run-{dataset.run_id}"
         environment = {
             **job.worker_environment,
@@ -106,7 +110,7 @@ async def _run(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummar
                 generation = asyncio.create_task(
                     _generate(job, client, dataset, cluster, display.update)
                 )
-                summary = await _unless_cluster_ends(generation, cluster)
+                summary = await _unless_cluster_ends(generation, cluster, server)
             if job.queue is None:
                 await asyncio.to_thread(_forget_queue, client.store.rq_connection, queue)
             return summary
@@ -165,30 +169,62 @@ def _show(console: Console, line: str) -> None:
 
 
 async def _unless_cluster_ends(
-    generation: asyncio.Task[RunSummary], cluster: LocalCluster
+    generation: asyncio.Task[RunSummary], cluster: LocalCluster, server: EmbeddedRedis | None
 ) -> RunSummary:
-    """The generation's outcome; the cluster's error if all its workers end for good before."""
+    """The generation's outcome; the error of what it needs, should that end for good before."""
     if not cluster.num_workers:
         return await generation
-    watch = asyncio.create_task(cluster.watch())
+    watches = [asyncio.create_task(cluster.watch())]
+    if server is not None:
+        watches.append(asyncio.create_task(_watch(server, cluster)))
     try:
-        await asyncio.wait({generation, watch}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({generation, *watches}, return_when=asyncio.FIRST_COMPLETED)
         if not generation.done():
-            await watch
+            for watch in watches:
+                if watch.done():
+                    watch.result()
         return await generation
     finally:
-        for task in (watch, generation):
+        for task in (*watches, generation):
             task.cancel()
-        await asyncio.gather(watch, generation, return_exceptions=True)
+        await asyncio.gather(*watches, generation, return_exceptions=True)
+
+
+async def _watch(server: EmbeddedRedis, cluster: LocalCluster) -> None:
+    """Wait for the private server's end, which nobody but this process would notice.
+
+    It isn't started again: what ended it would most likely end it again, and the output file has
+    all that a new run needs.
+
+    :raises ServerEndedError: it ended
+    """
+    while (words := server.last_words) is None:  # noqa: ASYNC110 - its end is told nowhere
+        await asyncio.sleep(LOOK_EVERY_S)
+    cluster.kill()
+    raise _ended(words)
+
+
+def _ended(words: str) -> ServerEndedError:
+    return ServerEndedError(
+        f"the private Redis of this run ended ({words}); the same command goes on where this "
+        "one stopped"
+    )
 
 
 @contextmanager
-def _redis(url: str | None) -> Iterator[str]:
+def _redis(url: str | None) -> Iterator[tuple[str, EmbeddedRedis | None]]:
+    """The address, and the server if it is a private one."""
     if url is not None:
-        yield url
+        yield url, None
         return
     with EmbeddedRedis() as server:
-        yield server.url
+        try:
+            yield server.url, server
+        except BatchmillError:
+            # whatever comes of its end first, that is what is to be told
+            if (words := server.last_words) is not None:
+                raise _ended(words) from None
+            raise
 
 
 def _check(job: OfflineRun) -> None:

@@ -114,6 +114,18 @@ class EmbeddedRedis:
             raise RedisUnavailableError("the embedded Redis isn't running")
         return self._process.pid
 
+    @property
+    def last_words(self) -> str | None:
+        """How the server ended if nobody told it to; None while it runs."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        if code == -signal.SIGKILL:
+            return "killed by signal 9, as the kernel does where memory runs out"
+        if code < 0:
+            return f"killed by signal {-code}"
+        said = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"exit code {code}: {''.join(said)}"
+
     def __enter__(self) -> EmbeddedRedis:
         # the socket is never in the user's folder: its path may be too long for one (108 bytes)
         _sweep_abandoned()
