@@ -28,12 +28,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
 
 
 def refusals(connection: redis.Redis) -> int:
-    """How often the server has said that it is out of memory."""
-    return int(connection.info("errorstats").get("errorstat_OOM", {}).get("count", 0))
+    """How often the server has refused something; 6.2 doesn't count what scripts are refused."""
+    return sum(int(stats["count"]) for stats in connection.info("errorstats").values())
 
 
 def calls(connection: redis.Redis) -> int:
-    return sum(stats["calls"] for stats in connection.info("commandstats").values())
+    """How many scripts it was sent."""
+    return int(connection.info("commandstats")["cmdstat_evalsha"]["calls"])
 
 
 def test_a_worker_keeps_its_results_and_takes_no_more_than_it_may_hold(
@@ -49,7 +50,7 @@ def test_a_worker_keeps_its_results_and_takes_no_more_than_it_may_hold(
         before, held = calls(connection), connection.zrange(HELD, 0, -1)
         # twice the lease
         until(lambda: refused() >= 10)
-        assert calls(connection) - before < 1000
+        assert calls(connection) - before < 300
         leases = connection.zrange(HELD, 0, -1, withscores=True)
         assert sorted(job for job, _ in leases) == sorted(held)
         # what it took until it was refused the first time is more than its capacity alone
