@@ -27,7 +27,7 @@ pytestmark = pytest.mark.servers
 
 QUEUE = "layout"
 VALUE = {"text": "hello"}
-OURS = {"claims", "released"}
+OURS = {"claims", "claimed_by", "released"}
 """Fields that we add to a job's hash."""
 
 

@@ -24,6 +24,7 @@ from queue_api.store.keys import (
     finished_key,
     queue_key,
     return_values_key,
+    strays_key,
     wip_key,
 )
 from queue_api.store.scripts import ScriptCall, Scripts
@@ -148,9 +149,12 @@ class Leases:
         :param held: jobs that the worker has; a job that has to run alone waits for none
         """
         execution_ids = uuid4().hex[:24]
-        queues = self._in_order()
-        queue_keys = [key for name in queues for key in (queue_key(name), wip_key(name))]
-        keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *queue_keys]
+        lists = [
+            (name, key) for name in self._in_order() for key in (strays_key(name), queue_key(name))
+        ]
+        list_keys = [key for name, list_key in lists for key in (list_key, wip_key(name))]
+        queues = [name for name, _ in lists]
+        keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *list_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
         limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held, MOST_LOOKS_PER_CLAIM]
         reply = await self._scripts.call(

@@ -12,6 +12,7 @@ from rq.worker.base import BaseWorker
 
 from queue_api.connection.connect import LONGEST_BLOCK_S, connect_async
 from queue_api.connection.failures import REDIS_ERRORS
+from queue_api.store.keys import strays_key
 from queue_api.store.scripts import Scripts
 from workers.claim.doorbell import Doorbell
 from workers.claim.heartbeat import Keeper
@@ -61,7 +62,7 @@ class Service:
         self._has_failed_engine = False
         self._rq_thread = RQThread()
         self._connection = connect_async(
-            settings.redis_url, 8 + len(worker.queues), settings.redis_timeout_s
+            settings.redis_url, 8 + 2 * len(worker.queues), settings.redis_timeout_s
         )
         self._scripts = Scripts(self._connection, worker_scripts())
         leases = Leases(
@@ -106,7 +107,8 @@ class Service:
         loop.set_exception_handler(self._on_loop_error)
         await patiently(self._scripts.load)  # a user who may not run scripts is to know it now
         block_s = min(LONGEST_BLOCK_S, self._settings.redis_timeout_s / 2)
-        doorbell = Doorbell(self._connection, self._worker.queue_keys(), block_s)
+        strays = [strays_key(queue) for queue in self._worker.queue_names()]
+        doorbell = Doorbell(self._connection, [*self._worker.queue_keys(), *strays], block_s)
         self._engine_loop.start(
             self._runner.on_done,
             self._runner.on_progress,

@@ -23,7 +23,7 @@ from workers.patience import OUTAGE_S
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.process_identity import own_identity
 from workers.rq_side.reclaim import Reclaimer
-from workers.rq_side.registration import PROCESS, register
+from workers.rq_side.registration import PROCESS, register, warn_of_others
 from workers.running.engine_loop import Engine
 from workers.running.engines import load_engine
 from workers.service import Service
@@ -91,6 +91,7 @@ class BatchWorker(BaseWorker):
         If a worker of this name may live, waits until it is gone.
         """
         register(self, self.connection)
+        warn_of_others(self, self.connection)
         self.set_state(WorkerStatus.STARTED)
         logger.info("worker %s serves %s", self.name, ", ".join(self.queue_names()))
         _collect_seldom()

@@ -9,6 +9,7 @@
     batchmill:{run}:partial:<index>:<model>
                              string, the new tokens so far of a long generation, 4 bytes each;
                              gone when it ends
+    batchmill:strays:<queue> list of jobs that a worker of another kind took, for ours alone
     batchmill:{wake-<id>}:results
                              stream of one entry that ends a client's blocked read
 
@@ -35,6 +36,7 @@ __all__ = [
     "queue_key",
     "return_values_key",
     "scheduled_key",
+    "strays_key",
     "wake_key",
     "wip_key",
     "workers_key",
@@ -74,6 +76,11 @@ def wake_key(reader: str) -> str:
 def queue_key(queue: str) -> str:
     """RQ's list of the jobs that wait."""
     return f"{RQ_KEY_PREFIX}:queue:{queue}"
+
+
+def strays_key(queue: str) -> str:
+    """Jobs of that queue that a worker of another kind took, for ours alone; see rescue.lua."""
+    return f"batchmill:strays:{queue}"
 
 
 def wip_key(queue: str) -> str:

@@ -39,6 +39,7 @@ LOST = "job_lost"
 # both bound how long an event loop is kept from its other work
 LOOK_AT_ONCE = 8192
 END_AT_ONCE = 1024
+STRAYED = "job_strayed"
 Resubmit = Callable[[Sequence[int]], Awaitable[None]]
 
 
@@ -54,6 +55,8 @@ class Reconciler:
     """Puts requests whose jobs vanished on the queue again; without it they end in an error."""
     _misplaced: dict[int, str] = field(default_factory=dict)
     """By request, the job that seems alive and is nowhere."""
+    _strayed: dict[int, str] = field(default_factory=dict)
+    """By request, a job that a worker of another kind ended."""
     _suspects: dict[int, str] = field(default_factory=dict)
     _resubmitted: set[int] = field(default_factory=set)
 
@@ -66,15 +69,30 @@ class Reconciler:
         status = await self.store.status(self.run)
         abandoned: dict[int, str] = {}
         self._misplaced.clear()
+        self._strayed.clear()
         found_in_place: set[str] = set()
         missing = await undone(self.store, status, None if indexes is None else sorted(indexes))
         for page in pages(missing, status.chunk_size, LOOK_AT_ONCE):
             abandoned |= await self._abandoned(status, page, found_in_place)
+        rescued = await self._rescue(status.queue)
+        abandoned = {i: code for i, code in abandoned.items() if i not in rescued}
         certain = {i: code for i, code in abandoned.items() if self._suspects.get(i) == code}
         self._suspects = {i: code for i, code in abandoned.items() if i not in certain}
         if certain:
             await self._settle(status, certain)
-        return len(abandoned)
+        return len(abandoned) + len(rescued)
+
+    async def _rescue(self, queue: str) -> set[int]:
+        """Give jobs that a worker of another kind has ended to ours; the requests in them."""
+        jobs = set(await self.store.rescue(queue, set(self._strayed.values())))
+        if jobs:
+            logger.warning(
+                "run %s: %d jobs were taken by a worker that isn't batchmill's and wait for one "
+                "that is; stock RQ can't run them, so give batchmill a queue of its own",
+                self.run,
+                len(jobs),
+            )
+        return {index for index, job_id in self._strayed.items() if job_id in jobs}
 
     async def _abandoned(
         self, status: RunStatus, indexes: list[int], found_in_place: set[str]
@@ -99,6 +117,9 @@ class Reconciler:
                     self._misplaced[index] = decides
                 if decides in lost or state in _ENDED:
                     found[index] = LOST
+                elif state == STRAYED:
+                    self._strayed[index] = decides
+                    found[index] = STRAYED
                 elif state in _DEAD:
                     found[index] = _DEAD[state or ""]
         return found
@@ -123,11 +144,8 @@ class Reconciler:
         return lost
 
     async def _states(self, job_ids: Collection[str]) -> dict[str, str | None]:
-        rows = await self.store.job_fields(job_ids, "status")
-        return {
-            job_id: row[0].decode() if row[0] is not None else None
-            for job_id, row in zip(job_ids, rows, strict=True)
-        }
+        rows = await self.store.job_fields(job_ids, "status", "worker_name", "claimed_by")
+        return {job_id: _state(*row) for job_id, row in zip(job_ids, rows, strict=True)}
 
     async def _settle(self, status: RunStatus, abandoned: dict[int, str]) -> None:
         lost = [i for i, code in abandoned.items() if code == LOST and i not in self._resubmitted]
@@ -189,3 +207,10 @@ class Reconciler:
             return ""
         lines = ((latest and latest.exc_string) or "").strip().splitlines()
         return f"job {job_id} failed: {lines[-1][:1000]}" if lines else ""
+
+
+def _state(status: bytes | None, worker_name: bytes | None, claimed_by: bytes | None) -> str | None:
+    """RQ's word for a job's state; STRAYED if a worker of another kind ended it."""
+    state = status.decode(errors="replace") if status is not None else None
+    has_ended = state in (JobStatus.FAILED.value, JobStatus.FINISHED.value)
+    return STRAYED if has_ended and worker_name and worker_name != claimed_by else state

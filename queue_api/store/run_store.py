@@ -25,8 +25,11 @@ from queue_api.store.keys import (
     RunKeys,
     canceled_key,
     executions_key,
+    failed_key,
+    finished_key,
     queue_key,
     scheduled_key,
+    strays_key,
     wip_key,
     workers_key,
 )
@@ -243,7 +246,7 @@ class RunStore:
         :param forget: delete their hashes, so that they may be enqueued anew
         """
         waiting, found = list(job_ids), list[str]()
-        places = [queue_key(queue), f"{queue_key(queue)}:intermediate"]
+        places = [queue_key(queue), f"{queue_key(queue)}:intermediate", strays_key(queue)]
         keys = [*places, wip_key(queue), scheduled_key(queue)]
         limits: list[str | int] = [queue, int(forget), QUEUE_ENTRIES_AT_ONCE]
         while page := waiting[:CANCEL_AT_ONCE]:
@@ -255,6 +258,20 @@ class RunStore:
             got = await self._run(("misplaced", [*keys, *jobs], [*limits, *page]))
             found += [job_id for job_id, answer in zip(page, got, strict=False) if answer]
             del waiting[: len(got)]
+        return found
+
+    async def rescue(self, queue: str, job_ids: Iterable[str]) -> list[str]:
+        """Those of these jobs that a worker of another kind had ended, and ours get now.
+
+        See rescue.lua.
+        """
+        waiting, found = list(job_ids), list[str]()
+        keys = [strays_key(queue), failed_key(queue), finished_key(queue)]
+        for start in range(0, len(waiting), CANCEL_AT_ONCE):
+            page = waiting[start : start + CANCEL_AT_ONCE]
+            jobs = [GenerateJob.key_for(job_id) for job_id in page]
+            got = await self._run(("rescue", [*keys, *jobs], page))
+            found += [job_id for job_id, answer in zip(page, got, strict=True) if answer]
         return found
 
     async def emit(self, run: str, results: Sequence[GenerationResult]) -> int:

@@ -13,7 +13,7 @@ HOUSE: dict[str, list[tuple[str, ...]]] = {
         ("__main__",),
         ("commands",),
         ("offline",),
-        ("own_packages", "__init__"),
+        ("hidden_password", "own_packages", "__init__"),
     ],
     "workers": [
         ("worker", "service", "maintenance"),

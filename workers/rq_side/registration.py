@@ -8,13 +8,14 @@ from typing import cast
 
 import redis
 from rq import worker_registration
-from rq.utils import now
+from rq.utils import as_text, now
 from rq.worker.base import BaseWorker
 
 from queue_api.connection.failures import REDIS_ERRORS, is_passing
+from queue_api.store.keys import MODEL_FIELD
 from workers.rq_side.process_identity import is_certainly_gone
 
-__all__ = ["PROCESS", "register"]
+__all__ = ["PROCESS", "register", "warn_of_others"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,20 @@ def register(worker: BaseWorker, connection: redis.Redis) -> None:
                 raise
             logger.warning("Redis is away (%s); the model stays loaded", error)
         time.sleep(LOOK_AGAIN_S)
+
+
+def warn_of_others(worker: BaseWorker, connection: redis.Redis) -> None:
+    """Tell of live workers of another kind on our queues, such as stock RQ's."""
+    for queue in worker.queues:
+        for key in worker_registration.get_keys(queue=queue, connection=connection):
+            birth, model = cast("list[bytes | None]", connection.hmget(as_text(key), "birth", MODEL_FIELD))
+            if birth is not None and model is None:
+                logger.warning(
+                    "%s serves queue %s as well and isn't batchmill's: it can't run our jobs, and "
+                    "those it takes come back late; end it or give batchmill a queue of its own",
+                    as_text(key),
+                    queue.name,
+                )
 
 
 def _try(worker: BaseWorker, connection: redis.Redis) -> bool:

@@ -2,19 +2,21 @@
 -- each as RQ would when a worker starts it: job started, execution, registry entry with a lease.
 -- All in one call, so a worker that dies has either taken a job wholly or not at all.
 --
--- A job's hash gets one field of our own: `claims`, how often it was taken.
+-- A job's hash gets two fields of our own: `claims`, how often it was taken, and `claimed_by`, by
+-- whom: RQ's `worker_name`, unless a worker of another kind took the job after that (rescue.lua).
 --
 -- A job that workers died of (`deaths`, see reclaim.lua) gets a worker for itself near the end,
 -- so that the next death shows whether it is the cause. Until then nothing behind it is taken.
 --
 -- KEYS  1 worker hash  2 the worker's set of executions  3 RQ's suspension flag
---       4… (queue list, StartedJobRegistry) per queue, best first
+--       4… (list of jobs, StartedJobRegistry) per list, best first: the strays of a queue (rescue.lua),
+--       then its own
 -- ARGV  1 time for people (ISO)  2 lease (seconds)  3 worker name  4 want (requests)
 --       5 RQ's key prefix  6 the first 24 hex digits of the new execution ids
 --       7 most jobs in one call: bounds how long the server is held up
 --       8 deaths after which a job has a worker for itself  9 jobs that this worker holds
 --       10 most entries of the queues to look at: what was cancelled or deleted is still there
--- Returns {state, {job id, execution id, number of its queue, job hash}…}; queues are numbered
+-- Returns {state, {job id, execution id, number of its list, job hash}…}; lists are numbered
 -- from 0; state is 'ok', 'suspended', 'alone' if the next job waits for an idle worker, or 'more'
 -- if there may be jobs behind the entries looked at.
 -- A queue whose list or registry is somebody's key of another type is passed over.
@@ -71,7 +73,7 @@ for k = 4, #KEYS, 2 do
       local claims = tonumber(known[4] or '') or 0
       claims = claims > 0 and claims < 2 ^ 31 and math.floor(claims) + 1 or 1
       redis.call('HSET', job, 'status', 'started', 'started_at', iso, 'last_heartbeat', iso,
-        'worker_name', name, 'claims', claims)
+        'worker_name', name, 'claimed_by', name, 'claims', claims)
       redis.call('PERSIST', job)
       redis.call('HSET', prefix .. ':execution:' .. composite, 'id', execution, 'job_id', id,
         'created_at', stamp, 'last_heartbeat', stamp, 'worker_name', name)

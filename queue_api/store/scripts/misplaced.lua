@@ -3,7 +3,8 @@
 -- The caller goes on behind the last one answered for until it has an answer for each.
 --
 -- KEYS  1 queue list  2 RQ's list of what its workers are just taking off that
---       3 StartedJobRegistry  4 ScheduledJobRegistry  5… (job hash, the job's executions) per job
+--       3 strays that wait for our workers  4 StartedJobRegistry  5 ScheduledJobRegistry
+--       6… (job hash, the job's executions) per job
 -- ARGV  1 queue name  2 1: delete the hashes of those found, so that they may be enqueued anew
 --       3 entries of the queue and registries to look at: bounds how long the server is held up
 --       4… job ids
@@ -15,22 +16,22 @@ local function size(command, key)
   return type(found) == 'number' and found or 0
 end
 local lengths = {
-  queued = size('LLEN', KEYS[1]) + size('LLEN', KEYS[2]),
-  started = size('ZCARD', KEYS[3]),
+  queued = size('LLEN', KEYS[1]) + size('LLEN', KEYS[2]) + size('LLEN', KEYS[3]),
+  started = size('ZCARD', KEYS[4]),
   scheduled = 1,
 }
 local budget = tonumber(ARGV[3])
 
 local function has_lease(id, executions)
   for _, execution in ipairs(redis.pcall('ZRANGE', executions, 0, -1)) do
-    if redis.pcall('ZSCORE', KEYS[3], id .. ':' .. execution) then
+    if redis.pcall('ZSCORE', KEYS[4], id .. ':' .. execution) then
       return true
     end
   end
   -- of a worker that died long ago: the entry waits for somebody to reclaim it
   local cursor = '0'
   repeat
-    local page = redis.pcall('ZSCAN', KEYS[3], cursor, 'MATCH', id .. ':*', 'COUNT', 1000)
+    local page = redis.pcall('ZSCAN', KEYS[4], cursor, 'MATCH', id .. ':*', 'COUNT', 1000)
     cursor = page[1]
     if page.err or #page[2] > 0 then
       return true
@@ -42,15 +43,16 @@ end
 local function is_there(status, id, executions)
   if status == 'queued' then
     return redis.pcall('LPOS', KEYS[1], id) or redis.pcall('LPOS', KEYS[2], id)
+      or redis.pcall('LPOS', KEYS[3], id)
   elseif status == 'started' then
     return has_lease(id, executions)
   end
-  return redis.pcall('ZSCORE', KEYS[4], id)
+  return redis.pcall('ZSCORE', KEYS[5], id)
 end
 
 local reply = {}
 for i = 4, #ARGV do
-  local job, executions = KEYS[2 * i - 3], KEYS[2 * i - 2]
+  local job, executions = KEYS[2 * i - 2], KEYS[2 * i - 1]
   local known = redis.pcall('HMGET', job, 'status', 'origin')
   local length = known[1] and known[2] == ARGV[1] and lengths[known[1]]
   local found = 0
