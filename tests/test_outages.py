@@ -6,7 +6,9 @@ import os
 import signal
 from pathlib import Path
 
+from kits.faults import no_replicas
 from kits.worker_kit import (
+    QUEUE,
     SERVE,
     WorkerProcess,
     completed,
@@ -16,9 +18,11 @@ from kits.worker_kit import (
     until,
     workers,
 )
+from rq import Queue
 
 from queue_api.connection.connect import connect
 from queue_api.connection.embedded import EmbeddedRedis
+from queue_api.store.jobs import GENERATE
 
 HASTY = "import workers.patience as p\np.REPLICA_PATIENCE_S = 1\n" + SERVE
 
@@ -79,3 +83,19 @@ def test_an_address_that_leads_to_a_replica_for_long_ends_the_worker(
     finally:
         worker.kill()
         connection.replicaof("NO", "ONE")
+
+
+def test_a_failure_that_rq_couldn_t_write_down_is_written_later(connection, server, start_worker):
+    """RQ's handler logs what keeps it from that, and goes on as if it had."""
+    worker = start_worker("echo:tokens=10000,step_s=0.01")
+    queue = Queue(QUEUE, connection=connection, serializer="json")
+    job = queue.enqueue(GENERATE, "a b", max_tokens=10_000, job_timeout=1)
+    until(lambda: job.get_status() == "started")
+    with no_replicas(server, connection):
+        until(lambda: worker.said().count("failed to persist failure") >= 2)
+    until(lambda: job.get_status() == "failed")
+    assert "timeout of 1 s" in job.latest_result().exc_string
+    assert connection.zscore(f"rq:failed:{QUEUE}", job.id)
+    assert connection.hget(job.key, "deaths") is None
+    after = queue.enqueue(GENERATE, "a b", max_tokens=2)
+    until(lambda: after.get_status() == "finished")
