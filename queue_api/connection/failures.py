@@ -158,7 +158,7 @@ def _told(error: Exception, address: str) -> RedisAccessError:
     if code == "NOPERM":
         return RedisAuthError(
             f"Redis at {address}: the user may not run a command we need ({detail}); "
-            "give it the ACL line of docs/redis.md"
+            "give it its ACL line of docs/redis.md"
         )
     if code in _ADVICE:
         return RedisServerError(f"Redis at {address} {_ADVICE[code].format(detail=detail)}")
