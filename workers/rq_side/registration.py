@@ -51,7 +51,9 @@ def warn_of_others(worker: BaseWorker, connection: redis.Redis) -> None:
     """Tell of live workers of another kind on our queues, such as stock RQ's."""
     for queue in worker.queues:
         for key in worker_registration.get_keys(queue=queue, connection=connection):
-            birth, model = cast("list[bytes | None]", connection.hmget(as_text(key), "birth", MODEL_FIELD))
+            birth, model = cast(
+                "list[bytes | None]", connection.hmget(as_text(key), "birth", MODEL_FIELD)
+            )
             if birth is not None and model is None:
                 logger.warning(
                     "%s serves queue %s as well and isn't batchmill's: it can't run our jobs, and "
