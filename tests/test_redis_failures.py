@@ -263,10 +263,12 @@ def test_what_passes_costs_no_one_anything(server, connection, start_worker, tmp
 
 
 def test_a_key_of_the_wrong_type_hurts_no_other_run(server, connection, start_worker, tmp_path):
-    worker = start_worker(max_num_seqs=8)
+    submit(connection, "bad", ["a b"] * 8)
+    job = dataset_run(server.url, tmp_path, 4)
+    until(lambda: connection.llen("rq:queue:batchmill") == 2)
     for name in ("bad", "rows"):
         connection.lpush(RunKeys.of(name).results, "somebody's")
-    submit(connection, "bad", ["a b"] * 8)
+    worker = start_worker(max_num_seqs=8)
     submit(connection, "good", ["a b"] * 8)
     settings = QueueSettings(redis_url=server.url, reconcile_s=0.5)
 
@@ -284,7 +286,6 @@ def test_a_key_of_the_wrong_type_hurts_no_other_run(server, connection, start_wo
     error, good, later = asyncio.run(asyncio.wait_for(main(), 60))
     assert not error.may_pass
     assert {result.ok for result in good} == {True} and len(good) == 8 and later.ok
-    job = dataset_run(server.url, tmp_path, 4)
     said = job.communicate(timeout=60)[1]
     assert job.returncode == 2 and "WRONGTYPE" in said and "Traceback" not in said
     assert worker.process.poll() is None
