@@ -12,7 +12,7 @@ import redis
 from kits.worker_kit import until
 
 from benchmarks.chaos.audit import Audit
-from benchmarks.chaos.faults import KILLS, Kind, draw_faults
+from benchmarks.chaos.faults import KILLS, OF_REDIS, Kind, draw_faults
 from benchmarks.chaos.harness import ChaosSettings, Disturbed, disturb, expected_outcomes
 from benchmarks.chaos.report import report
 from benchmarks.chaos.workload import ECHO_QUEUE, Part, make_parts
@@ -35,7 +35,7 @@ def test_each_request_ends_once_whatever_is_killed(tmp_path: Path) -> None:
     assert not audit.violations, found.text
     assert audit.num_results == SHORT.num_requests
     assert happened.kills >= SHORT.kills
-    assert {Kind.KILL_WORKER, Kind.KILL_REDIS, Kind.STOP_WORKER} <= set(happened.faults)
+    assert {Kind.KILL_WORKER, Kind.KILL_REDIS, Kind.STOP_WORKER, *OF_REDIS} <= set(happened.faults)
 
 
 def test_the_seed_alone_decides() -> None:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Fault", "Kind", "draw_faults"]
+__all__ = ["OF_REDIS", "Fault", "Kind", "draw_faults"]
 
 LAST_AT = 0.9
 """No fault is due later than at this part of the requests, so that all of them meet work."""
@@ -19,10 +19,15 @@ class Kind(StrEnum):
     TERM_WORKER = "SIGTERM to a worker"
     STOP_WORKER = "SIGSTOP of a worker past its lease, SIGCONT"
     STOP_REDIS = "SIGSTOP of Redis past the leases, SIGCONT"
+    FULL_REDIS = "a full Redis, given more memory after the leases' time"
+    FULL_DISK = "a Redis whose disk is full for longer than the leases"
+    TAKEOVER = "a Redis that lacks replicas to write, then a replica's takeover"
 
 
 KILLS = (Kind.KILL_WORKER, Kind.KILL_CLIENT, Kind.KILL_REDIS)
 _KILL_WEIGHTS = (5, 3, 2)
+OF_REDIS = (Kind.STOP_REDIS, Kind.FULL_REDIS, Kind.FULL_DISK, Kind.TAKEOVER)
+"""What it survives."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Fault:
     victim: float
     """In [0, 1): where in the list of those that could be meant."""
     length_s: float
-    """How long Redis stays away, or a process stands still."""
+    """How long Redis stays away or takes no writes, or a process stands still."""
 
 
 def draw_faults(seed: int, kills: int, lease_s: float) -> list[Fault]:
@@ -48,11 +53,12 @@ def draw_faults(seed: int, kills: int, lease_s: float) -> list[Fault]:
     kinds[: len(KILLS)] = KILLS[:kills]
     others = max(1, kills // 5)
     kinds += [Kind.TERM_WORKER] * others + [Kind.STOP_WORKER] * others
-    kinds += [Kind.STOP_REDIS] * max(1, kills // 20)
+    for kind in OF_REDIS:
+        kinds += [kind] * max(1, kills // 20)
     return sorted((_draw(draw, kind, lease_s) for kind in kinds), key=lambda fault: fault.at)
 
 
 def _draw(draw: random.Random, kind: Kind, lease_s: float) -> Fault:
-    is_stop = kind in (Kind.STOP_WORKER, Kind.STOP_REDIS)
+    is_stop = kind in (Kind.STOP_WORKER, *OF_REDIS)
     length_s = draw.uniform(1.2, 2.5) * lease_s if is_stop else draw.uniform(0.0, 1.0)
     return Fault(kind, draw.uniform(0.0, LAST_AT), draw.uniform(0.0, 0.5), draw.random(), length_s)

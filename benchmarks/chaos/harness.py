@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import time
@@ -16,12 +15,12 @@ from pathlib import Path
 
 import redis
 
-from benchmarks.chaos.faults import KILLS, Fault, Kind, draw_faults
+from benchmarks.chaos.faults import KILLS, OF_REDIS, Fault, Kind, draw_faults
 from benchmarks.chaos.processes import Supervised
+from benchmarks.chaos.servers import ServerPair
 from benchmarks.chaos.workload import DEMO_QUEUE, ECHO_QUEUE, MOST_TOKENS, Part
 from benchmarks.children import environment, module
 from queue_api.connection.connect import connect
-from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.store.keys import RunKeys
 
 __all__ = ["ChaosSettings", "Disturbed", "StuckError", "disturb", "expected_outcomes"]
@@ -119,8 +118,8 @@ def disturb(
     :raises StuckError: when nothing is answered any more; logs are in the folder
     """
     happened = Disturbed(folder, parts)
-    with EmbeddedRedis() as server:
-        chaos = _Chaos(settings, happened, server)
+    with ServerPair() as servers:
+        chaos = _Chaos(settings, happened, servers)
         try:
             chaos.run()
             chaos.drain()
@@ -133,11 +132,11 @@ def disturb(
 class _Chaos:
     """One run: a loop that tends processes, watches how far the work is, and does what is due."""
 
-    def __init__(self, settings: ChaosSettings, happened: Disturbed, server: EmbeddedRedis) -> None:
+    def __init__(self, settings: ChaosSettings, happened: Disturbed, servers: ServerPair) -> None:
         self._settings = settings
         self._happened = happened
-        self._server = server
-        self.connection = connect(server.url, max_connections=2)
+        self._servers = servers
+        self.connection = connect(servers.url, max_connections=2)
         self._undue = draw_faults(settings.seed, settings.kills, settings.lease_s)
         self._timed: list[tuple[float, Callable[[], None]]] = []
         """(monotonic seconds, what to do then)"""
@@ -151,7 +150,7 @@ class _Chaos:
         settings = self._settings
         echo = f"echo:tokens={MOST_TOKENS},step_s={settings.step_s},max_num_seqs={ECHO_SEQS}"
         shared = {
-            "BATCHMILL_REDIS_URL": self._server.url,
+            "BATCHMILL_REDIS_URL": self._servers.url,
             "BATCHMILL_LEASE_S": str(settings.lease_s),
             "BATCHMILL_MAX_DEATHS": str(settings.max_deaths),
             "BATCHMILL_DRAIN_GRACE_S": "1",
@@ -182,7 +181,7 @@ class _Chaos:
         else:
             command = ["benchmarks.chaos.clients", part.client, str(rows), str(output)]
         environment = {
-            "BATCHMILL_REDIS_URL": self._server.url,
+            "BATCHMILL_REDIS_URL": self._servers.url,
             "BATCHMILL_RECONCILE_S": "1",
             # so that there is submitting to be interrupted all the time
             "BATCHMILL_MAX_QUEUE": "40",
@@ -237,7 +236,7 @@ class _Chaos:
 
     def _do(self, fault: Fault) -> None:
         kind = fault.kind
-        if kind in (Kind.KILL_REDIS, Kind.STOP_REDIS):
+        if kind in (Kind.KILL_REDIS, *OF_REDIS):
             self._break_redis(fault)
             return
         clients = [client for client in self._clients.values() if client.is_running]
@@ -263,19 +262,19 @@ class _Chaos:
         self._note(fault.kind, "Redis")
         self._look()
         self._is_redis_up = False
-        if fault.kind is Kind.STOP_REDIS:
-            os.kill(self._server.pid, signal.SIGSTOP)
-            self._later(fault.length_s, self._continue_redis)
-        else:
-            os.kill(self._server.pid, signal.SIGKILL)
-            self._later(fault.length_s, self._restart_redis)
+        servers = self._servers
+        begin, end = {
+            Kind.KILL_REDIS: (servers.kill, servers.restart),
+            Kind.STOP_REDIS: (servers.stop, servers.go_on),
+            Kind.FULL_REDIS: (servers.fill_memory, servers.add_memory),
+            Kind.FULL_DISK: (servers.fill_disk, servers.add_disk),
+            Kind.TAKEOVER: (servers.refuse_writes, servers.take_over),
+        }[fault.kind]
+        begin()
+        self._later(fault.length_s, lambda: self._end_of_break(end))
 
-    def _continue_redis(self) -> None:
-        os.kill(self._server.pid, signal.SIGCONT)
-        self._is_redis_up = True
-
-    def _restart_redis(self) -> None:
-        self._server.restart(kill=True)
+    def _end_of_break(self, end: Callable[[], None]) -> None:
+        end()
         self._is_redis_up = True
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
@@ -290,8 +289,7 @@ class _Chaos:
     def drain(self) -> None:
         """Make everything whole again, then end the workers in order."""
         if not self._is_redis_up:
-            os.kill(self._server.pid, signal.SIGCONT)
-            self._server.restart()
+            self._servers.make_whole()
             self._is_redis_up = True
         for worker in self._workers:
             was_running = worker.is_running
@@ -304,6 +302,4 @@ class _Chaos:
         """End what still runs, however the run ended."""
         for process in (*self._workers, *self._clients.values()):
             process.end(timeout_s=0.0)
-        with suppress(ProcessLookupError, OSError):
-            os.kill(self._server.pid, signal.SIGCONT)
         self.connection.close()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -95,8 +96,13 @@ class EmbeddedRedis:
     """
 
     def __init__(
-        self, directory: Path | str | None = None, binary: Path | str | None = None
+        self,
+        directory: Path | str | None = None,
+        binary: Path | str | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
+        """:param options: further settings of the server, as its configuration file has them"""
+        self._options = dict(options or {})
         self._binary = Path(binary) if binary else find_server()
         self._given = Path(directory) if directory is not None else None
         self._private: Path | None = None
@@ -161,6 +167,8 @@ class EmbeddedRedis:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            # as Python has them: where files may not grow, it is to be told, not killed (SIGXFSZ)
+            restore_signals=False,
             # of a group of its own: Ctrl-C is for us, who then stop it in order
             start_new_session=True,
             preexec_fn=die_with_parent(),  # noqa: PLW1509 - one libc call that takes no lock
@@ -205,6 +213,7 @@ class EmbeddedRedis:
             "save": '""',
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
+            **self._options,
         }
         return "".join(f"{name} {value}\n" for name, value in settings.items())
 
