@@ -10,7 +10,7 @@ import redis
 from kits.client_kit import Answerer
 from kits.faults import out_of_memory
 from kits.servers import KINDS, server_of
-from kits.worker_kit import completed, num_done, submit, until
+from kits.worker_kit import WorkerProcess, completed, num_done, submit, until
 
 from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
@@ -59,6 +59,19 @@ def test_a_worker_keeps_its_results_and_takes_no_more_than_it_may_hold(
     found = completed(connection, "run", total)
     assert {(result.ok, result.attempt) for result in found} == {(True, 1)}
     assert "lost results" not in worker.said() and "CRITICAL" not in worker.said()
+
+
+def test_a_worker_that_starts_waits_for_room(server, connection, tmp_path):
+    submit(connection, "run", ["a b"] * 4)
+    with out_of_memory(server, connection):
+        worker = WorkerProcess(server.url, tmp_path / "worker.log")
+        until(lambda: "Redis is away" in worker.said() or worker.process.poll() is not None)
+    try:
+        completed(connection, "run", 4)
+        worker.process.terminate()
+        assert worker.wait() == 0
+    finally:
+        worker.kill()
 
 
 def test_a_waiting_call_waits_on(server, connection):

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import redis
-from rq.worker.base import BaseWorker, WorkerStatus
+from rq.worker.base import BaseWorker
 
 from queue_api.connection.connect import ServerInfo, check_server, connect
 from queue_api.connection.failures import REDIS_ERRORS, friendly, is_answer, is_passing
@@ -92,7 +92,6 @@ class BatchWorker(BaseWorker):
         """
         register(self, self.connection)
         warn_of_others(self, self.connection)
-        self.set_state(WorkerStatus.STARTED)
         logger.info("worker %s serves %s", self.name, ", ".join(self.queue_names()))
         _collect_seldom()
         try:

