@@ -82,7 +82,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=config.devices[-1],
     )
     stages = _load_stages(checkpoint, model_config, plan, dtype, config, max_model_len=limit)
-    revision = weight_format(config.quantization).revision(checkpoint.revision)
+    revision = _revision(checkpoint, model_config, dtype, config)
     logger.info(
         "%s (%s) loaded in %.1f s: layers %s; %s; %s",
         *(checkpoint.name, revision, time.perf_counter() - started),
@@ -107,6 +107,18 @@ def _load_tokenizer(
     except Exception as error:  # tokenizers and their Python classes fail in many ways
         reason = diagnose_tokenizer(checkpoint.folder, error)
         raise UnsupportedModelError(reason) from error
+
+
+def _revision(
+    checkpoint: Checkpoint, model_config: Any, dtype: torch.dtype, config: EngineConfig
+) -> str | None:
+    """Which model it is that the texts depend on: the files, and what was chosen about them."""
+    published = checkpoint.revision
+    if dtype != resolve_dtype("auto", model_config, config.devices):
+        published = f"{published}+{str(dtype).removeprefix('torch.')}"
+    if config.generation_defaults != "model":
+        published = f"{published}+defaults-{config.generation_defaults}"
+    return weight_format(config.quantization).revision(published)
 
 
 def _plan(

@@ -269,3 +269,25 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 def test_wrong_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigurationError):
         tiny_model("llama").engine(**wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_the_revision_tells_of_all_files_that_decide_about_texts(tmp_path: Path, name: str) -> None:
+    original = tiny_model("llama").folder
+    folder = shutil.copytree(original, tmp_path / "copy")
+    before = Checkpoint.find(str(folder)).revision
+    assert before == Checkpoint.find(str(original)).revision
+    (folder / name).write_text("{}")
+    assert Checkpoint.find(str(folder)).revision != before
+
+
+def test_the_revision_tells_of_a_chosen_dtype() -> None:
+    model = tiny_model("llama")
+    plain, same, other = (
+        Engine.load(EngineConfig(str(model.folder), dtype=dtype)).model_revision
+        for dtype in ("auto", "float32", "bfloat16")
+    )
+    assert plain == same == Checkpoint.find(str(model.folder)).revision
+    assert other == f"{plain}+bfloat16"

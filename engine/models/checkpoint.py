@@ -226,8 +226,14 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 def _content_hash(folder: Path, weight_map: dict[str, str]) -> str:
-    """Hash of the config and of evenly spread samples of each weight file: cheap and stable."""
+    """Hash of the small files and of evenly spread samples of each weight file: cheap and stable.
+
+    Of the small files, for a tokenizer or a chat template decides about the text as weights do.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    small = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    for path in sorted(small - {folder / "config.json", folder / INDEX_FILE}):
+        digest.update(f"{path.name}:".encode() + path.read_bytes())
     for name in sorted(set(weight_map.values())):
         path = folder / name
         if not path.exists():
