@@ -349,7 +349,7 @@ def look(path: Path, **options: Any) -> str:
         (b'{"question": "a"}\n' * 3, "Its columns are 'question': rename"),
         (b'{"prompt": ""}\n', "line 1: 'prompt' is empty"),
         (b'{"custom_id": "a", "body": {"messages": []}}\n', "of OpenAI's batch format"),
-        (b"\x7fELF\x02\x01\xff\n", "can't be read"),
+        (b"\x7fELF\x02\x01\xff\n", "can be read"),
         (b"7\n8\n", "not an object but '7'"),
     ],
 )

@@ -31,6 +31,7 @@ from queue_api.datasets.run import run_dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
+from queue_api.store.scripts import load_script
 from queue_api.wire.errors import DatasetError
 from queue_api.wire.schemas import FinishReason, GenerationResult, SamplingParams
 
@@ -219,6 +220,49 @@ def test_rows_of_another_model_are_refused_or_made_anew(
     assert rows_of(output) == rows
     assert run(source, output, answerer=idle, redo_changed=True).rows == 2
     assert {row["model"] for row in rows_of(output)} == {"echo"}
+
+
+def test_results_of_another_model_that_wait_in_redis_are_made_anew(
+    settings: QueueSettings,
+    connection: redis.Redis,
+    start_worker: Callable[..., WorkerProcess],
+    tmp_path: Path,
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", FIRST), tmp_path / "out.jsonl"
+
+    async def dies_before_it_writes() -> None:
+        async with Client(settings=settings) as client:
+            work = asyncio.create_task(run_dataset(client, source, output, chunk_size=1))
+            while connection.llen("rq:queue:batchmill") < 2 and not work.done():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            work.cancel()
+            await asyncio.wait([work])
+
+    asyncio.run(dies_before_it_writes())
+    (name,) = {
+        key.decode().split("-")[-2] for key in connection.lrange("rq:queue:batchmill", 0, -1)
+    }
+    run_id = f"in-{name}"
+    stale = [
+        GenerationResult(
+            id=str(i), run=run_id, index=i, text="stale", model="another", finish_reason="stop"
+        )
+        for i in range(2)
+    ]
+    emit = connection.register_script(load_script("emit"))
+    assert emit(RunKeys.of(run_id), emit_args(stale)) == 2
+    connection.delete("rq:queue:batchmill", f"rq:job:{run_id}-0", f"rq:job:{run_id}-1")
+    start_worker("echo:tokens=1")
+
+    async def main() -> RunSummary:
+        async with Client(settings=settings) as client:
+            return await run_dataset(client, source, output, chunk_size=1)
+
+    assert asyncio.run(main()).rows == 2
+    assert [(row["text"], row["model"]) for row in rows_of(output)] == [
+        ("p0", "echo"),
+        ("p1", "echo"),
+    ]
 
 
 @pytest.fixture

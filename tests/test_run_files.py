@@ -133,6 +133,13 @@ def test_pipes_are_inputs_and_outputs(shell: Shell, tmp_path: Path) -> None:
     assert len(source.read_text().splitlines()) == 2
 
 
+def test_no_file_takes_the_place_of_a_closed_stream(shell: Shell, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    done = shell("$RUN in.jsonl -o out.jsonl <&- >&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [row["text"] for row in rows_of(tmp_path / "out.jsonl")] == ["a a", "b b"]
+
+
 def test_the_exit_code_tells_of_rows_with_errors(shell: Shell, tmp_path: Path) -> None:
     good, wrong = {"prompt": "a"}, {"prompt": "b", "max_tokens": 0}
     write(tmp_path / "half.jsonl", good, wrong)

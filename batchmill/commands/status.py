@@ -14,6 +14,7 @@ from rich.table import Table
 
 from batchmill.commands.options import RedisUrl, RunArgument, open_client, run_async
 from queue_api.store.runs import RunStatus
+from queue_api.wire.plain_text import on_one_line
 
 __all__ = ["status", "total_of"]
 
@@ -47,12 +48,17 @@ def _status_table(status: RunStatus) -> Table:
     table.add_row("state", state)
     table.add_row("done", f"{status.done} of {total_of(status)}")
     for reason, count in sorted(status.finish_reasons.items()):
-        table.add_row(f"  {escape(reason)}", str(count))
+        table.add_row(f"  {_plain(reason)}", str(count))
     for job_state, count in sorted(status.jobs.items()):
-        table.add_row(f"jobs {escape(job_state)}", str(count))
+        table.add_row(f"jobs {_plain(job_state)}", str(count))
     table.add_row("prompt tokens", str(status.prompt_tokens))
     table.add_row("generated tokens", str(status.completion_tokens))
-    table.add_row("queue", escape(status.queue))
+    table.add_row("queue", _plain(status.queue))
     created = datetime.fromtimestamp(status.created_at, UTC)
     table.add_row("submitted", created.strftime("%Y-%m-%d %H:%M:%S UTC"))
     return table
+
+
+def _plain(text: str) -> str:
+    """What stands in Redis may be a stranger's."""
+    return escape(on_one_line(text))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
 from queue_api.datasets.columns import Row, RowParser, dump_row, output_row
 from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.resume import no_such_row, other_model, other_row
+from queue_api.datasets.resume import maker_of, no_such_row, other_model, other_row
 from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
@@ -23,6 +24,8 @@ from queue_api.wire.errors import RequestError, RowsFailedError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
 __all__ = ["DatasetRun", "OpenedRun"]
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.1
 FINISHED_JOB_TTL_S = 5
@@ -63,6 +66,7 @@ class DatasetRun:
         parser: RowParser,
         window: int,
         max_error_rate: float | None,
+        makers: Collection[tuple[str, str]],
         listener: Callable[[Progress], None] | None,
     ) -> None:
         self._store = client.store
@@ -74,6 +78,8 @@ class DatasetRun:
         self._window = max(window, opened.chunk_size)
         self._max_error_rate = max_error_rate
         self._makers = writer.makers
+        """Models that made rows of the output."""
+        self._allowed = {*makers, *writer.makers}
         self._listener = listener
         self._chunks = ChunkWriter(
             self._store,
@@ -246,10 +252,15 @@ class DatasetRun:
 
     def _check_maker(self, result: GenerationResult) -> None:
         """:raises DatasetError: the output was begun with another model"""
-        if result.model and self._makers:
-            maker = (result.model, result.model_revision or "")
-            if maker not in self._makers:
-                raise other_model(self._makers, {maker})
+        maker = maker_of(result)
+        if not result.model or maker in self._makers:
+            return
+        if self._makers and maker not in self._allowed:
+            raise other_model(self._makers, {maker})
+        if self._makers:
+            logger.warning("workers of the queue have different models; rows name their own")
+        self._makers.add(maker)
+        self._allowed.add(maker)
 
     def _check_errors(self) -> None:
         """:raises RowsFailedError: so many of the rows have errors that it isn't worth going on"""

@@ -10,8 +10,9 @@ from queue_api.datasets.formats.jsonl_lines import Line
 from queue_api.datasets.line_columns import ColumnReader
 from queue_api.store.bitmap import Bitmap
 from queue_api.wire.errors import DatasetError
+from queue_api.wire.schemas import GenerationResult
 
-__all__ = ["changed_rows", "check_makers", "no_such_row", "other_model", "other_row"]
+__all__ = ["changed_rows", "check_makers", "maker_of", "no_such_row", "other_model", "other_row"]
 
 WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose another output file"
 
@@ -87,6 +88,11 @@ def check_makers(writer: RowWriter, now: Collection[tuple[str, str]], *, redo: b
     if redo:
         return {row for row in range(writer.end) if row in writer and writer.maker(row) in others}
     raise other_model(others, now)
+
+
+def maker_of(result: GenerationResult) -> tuple[str, str]:
+    """The model that made a result, and its revision; empty if none saw the request."""
+    return (result.model, result.model_revision or "") if result.model else ("", "")
 
 
 def other_model(

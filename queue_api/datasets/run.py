@@ -17,10 +17,11 @@ from queue_api.client.client import Client
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.resume import changed_rows, check_makers
+from queue_api.datasets.resume import changed_rows, check_makers, maker_of
 from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
+from queue_api.store.run_store import parse_result
 from queue_api.store.runs import check_run_id
 from queue_api.wire.errors import DatasetError, InvalidRequestError, RedisAuthError
 from queue_api.wire.schemas import SamplingParams
@@ -68,8 +69,9 @@ class Dataset:
         """Ask for what isn't written yet, and write it; as run_dataset."""
         self.keeps_empty = True
         queue = queue or client.settings.queue
-        await self._drop_other_models(await _models(client, queue))
-        opened = await _open(client, self.run_id, queue, chunk_size, self.mark)
+        makers = await _models(client, queue)
+        await self._drop_other_models(makers)
+        opened = await _open(client, self, queue, chunk_size, makers)
         work = DatasetRun(
             client,
             opened,
@@ -78,6 +80,7 @@ class Dataset:
             parser=RowParser(self.defaults, warn=self.warn, fields=self.fields),
             window=window,
             max_error_rate=max_error_rate,
+            makers=makers,
             listener=on_progress,
         )
         return await work.run()
@@ -279,12 +282,18 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
 
 
 async def _open(
-    client: Client, run: str, queue: str | None, chunk_size: int | None, mark: str
+    client: Client,
+    dataset: Dataset,
+    queue: str,
+    chunk_size: int | None,
+    makers: Collection[tuple[str, str]],
 ) -> OpenedRun:
-    store = client.store
+    """Take up the run in Redis; results of other models than the workers have now are left out,
+    as if they had been lost."""
+    store, run, mark = client.store, dataset.run_id, dataset.mark
     there = await store.open(
         run,
-        queue=queue or client.settings.queue,
+        queue=queue,
         chunk_size=chunk_size or client.settings.chunk_size,
         fingerprint=mark,
     )
@@ -299,7 +308,11 @@ async def _open(
     waiting: dict[int, bytes] = {}
     last = "0"
     while entries := await store.entries(run, last):
-        waiting.update((index, raw) for _, index, raw in entries)
+        waiting.update(
+            (index, raw)
+            for _, index, raw in entries
+            if not makers or maker_of(parse_result(run, index, raw)) in {*makers, ("", "")}
+        )
         last = entries[-1][0]
     return OpenedRun(
         run=run,

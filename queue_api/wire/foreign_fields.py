@@ -6,9 +6,9 @@ __all__ = ["INSTEAD"]
 
 _MAX_TOKENS = "for the most new tokens write 'max_tokens'"
 _FLAT = "write what is in it as columns or fields of their own, such as 'max_tokens'"
-_NO_BEAMS = "there is no beam search; for several samples write 'n' and a 'temperature'"
+_NO_BEAMS = "there is no beam search: for several samples write 'n' and a 'temperature'"
 _NOT_HERE = "batchmill doesn't do that"
-_TRUNCATE = "batchmill doesn't cut prompts here; cut them beforehand"
+_TRUNCATE = "batchmill doesn't cut prompts here: cut them beforehand"
 
 INSTEAD: dict[str, str] = {
     "max_completion_tokens": _MAX_TOKENS,
@@ -33,7 +33,7 @@ INSTEAD: dict[str, str] = {
     "prompt_token_ids": "write the token ids as 'prompt'",
     "prompt_ids": "write the token ids as 'prompt'",
     "inputs": "write 'prompt'",
-    "sampling": f"as an object, its fields count; else {_FLAT}",
+    "sampling": f"as an object, its fields count, else {_FLAT}",
     "sampling_params": _FLAT,
     "sampling_parameters": _FLAT,
     "generation_config": _FLAT,
@@ -67,12 +67,12 @@ INSTEAD: dict[str, str] = {
     "thinking": "write 'chat_template_kwargs': {\"thinking\": …}",
     "add_generation_prompt": "it is always added, unless 'continue_final_message' is true",
     "add_special_tokens": "for other tokens write the token ids as 'prompt'",
-    "skip_special_tokens": "special tokens are always left out; 'return_token_ids' has them",
+    "skip_special_tokens": "special tokens are always left out: 'return_token_ids' has them",
     "spaces_between_special_tokens": _NOT_HERE,
     "clean_up_tokenization_spaces": _NOT_HERE,
     "detokenize": "'return_token_ids' returns the ids beside the text",
-    "echo": "the text never repeats the prompt; join the two yourself",
-    "return_full_text": "the text never repeats the prompt; join the two yourself",
+    "echo": "the text never repeats the prompt: join the two yourself",
+    "return_full_text": "the text never repeats the prompt: join the two yourself",
     "suffix": _NOT_HERE,
     "truncate_prompt_tokens": _TRUNCATE,
     "truncation": _TRUNCATE,
@@ -90,14 +90,14 @@ INSTEAD: dict[str, str] = {
     "early_stopping": _NO_BEAMS,
     "diversity_penalty": _NO_BEAMS,
     "penalty_alpha": _NOT_HERE,
-    "no_repeat_ngram_size": f"{_NOT_HERE} per row; near to it is 'repetition_penalty'",
+    "no_repeat_ngram_size": f"{_NOT_HERE} per row: near to it is 'repetition_penalty'",
     "encoder_no_repeat_ngram_size": _NOT_HERE,
     "encoder_repetition_penalty": _NOT_HERE,
-    "typical_p": f"{_NOT_HERE}; near to it are 'top_p' and 'min_p'",
-    "epsilon_cutoff": f"{_NOT_HERE}; near to it is 'min_p'",
-    "eta_cutoff": f"{_NOT_HERE}; near to it is 'min_p'",
-    "top_a": f"{_NOT_HERE}; near to it is 'min_p'",
-    "top_n_sigma": f"{_NOT_HERE}; near to it is 'min_p'",
+    "typical_p": f"{_NOT_HERE}: near to it are 'top_p' and 'min_p'",
+    "epsilon_cutoff": f"{_NOT_HERE}: near to it is 'min_p'",
+    "eta_cutoff": f"{_NOT_HERE}: near to it is 'min_p'",
+    "top_a": f"{_NOT_HERE}: near to it is 'min_p'",
+    "top_n_sigma": f"{_NOT_HERE}: near to it is 'min_p'",
     "mirostat": _NOT_HERE,
     "dynatemp_range": _NOT_HERE,
     "guidance_scale": _NOT_HERE,
