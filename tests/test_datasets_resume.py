@@ -32,8 +32,8 @@ from queue_api.datasets.summary import RunSummary
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
 from queue_api.store.scripts import load_script
-from queue_api.wire.errors import DatasetError
-from queue_api.wire.schemas import FinishReason, GenerationResult, SamplingParams
+from queue_api.wire.errors import DatasetError, InvalidRequestError
+from queue_api.wire.schemas import FinishReason, GenerationResult, SamplingParams, StructuredOutputs
 
 JSON_VALUES = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers())
 
@@ -323,3 +323,13 @@ def test_a_fingerprint_is_of_the_columns_and_not_of_how_they_are_written(
     changed = {**columns, "prompt": "else"}
     if changed != columns:
         assert parser.fingerprint(json.dumps(changed).encode()) != one
+
+
+def test_defaults_that_cannot_travel_are_told_at_once(
+    run: Callable[..., RunSummary], tmp_path: Path
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", FIRST), tmp_path / "out.jsonl"
+    form = StructuredOutputs(json={"const": "\ud83d"})
+    with pytest.raises(InvalidRequestError, match="'sampling' can't be written as JSON: half"):
+        run(source, output, defaults=SamplingParams(structured_outputs=form))
+    assert not output.exists()

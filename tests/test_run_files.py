@@ -90,6 +90,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("gzip < in.jsonl | $RUN - -o out.jsonl", "- is gzip, not JSON Lines"),
         ("$RUN wrong.jsonl -o out.jsonl", "Its columns are 'question': rename"),
         ("$RUN in.jsonl -o out.jsonl --fields temprature", "'temprature' isn't a field"),
+        (
+            "$RUN in.jsonl -o out.jsonl --stop $'\\xff'",
+            "'stop[0]' is '\\udcff': must be a valid string",
+        ),
         ("$BATCHMILL submit wrong.jsonl --redis-url unix:///none", "Its columns are 'question'"),
     ],
 )
@@ -189,8 +193,10 @@ def test_escape_sequences_reach_no_terminal(shell: Shell, tmp_path: Path) -> Non
         {"id": f"i{evil}", "prompt": f"p {evil}"},
         {"id": "2", "prompt": "p", f"max_token{evil}": 1, f"max\ntokens{evil}": 1},
         {"id": "3", "prompt": "p", "stop": [], "seed": evil},
+        {"id": "4", "messages": "hi"},
+        {"id": "5", "messages": ["hi"]},
     )
-    done = shell("$RUN in.jsonl -o out.jsonl --show 3")
+    done = shell("$RUN in.jsonl -o out.jsonl --show 5")
     assert done.returncode == 0, done.stderr
     told = done.stderr
     for character in "\x1b\x07\x9b\r\u202e":

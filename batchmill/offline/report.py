@@ -154,8 +154,9 @@ def sample_table(output: Path, count: int) -> Table:
 
 
 def _prompt_of(row: dict[str, Any]) -> str:
-    if row.get("messages"):
-        return str(row["messages"][-1].get("content", ""))
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        return str(messages[-1].get("content", ""))
     return str(row.get("prompt", ""))
 
 

@@ -21,10 +21,11 @@ from queue_api.datasets.resume import changed_rows, check_makers, maker_of
 from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
+from queue_api.store.jobs import request_json
 from queue_api.store.run_store import parse_result
 from queue_api.store.runs import check_run_id
 from queue_api.wire.errors import DatasetError, InvalidRequestError, RedisAuthError
-from queue_api.wire.schemas import SamplingParams
+from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 __all__ = [
     "DEFAULT_WINDOW",
@@ -108,8 +109,10 @@ async def open_dataset(
     :param model: what the run's workers load, if that is known
     :raises DatasetError: a file can't be used, or the output belongs to another input
     :raises ConfigurationError: `fields` has one that no request has
+    :raises InvalidRequestError: no request could be sent with these defaults
     """
     names = None if fields is None else check_fields(fields)
+    _check_defaults(defaults)
     source = RowSource(input)
     try:
         _check_apart(source, output)
@@ -234,6 +237,11 @@ def _fingerprint(
         parts += [os.path.realpath(source.path), str(info.st_size), str(info.st_mtime_ns)]
         parts.append(source.sample())
     return hashlib.blake2b("\0".join(parts).encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def _check_defaults(defaults: SamplingParams | None) -> None:
+    if defaults is not None:
+        request_json(GenerationRequest(id="defaults", prompt="x", sampling=defaults))
 
 
 def _check_apart(source: RowSource, output: Path | str) -> None:
