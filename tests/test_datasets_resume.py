@@ -27,6 +27,7 @@ from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.columns import RowParser
 from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.maker import Maker
 from queue_api.datasets.run import run_dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.store.keys import RunKeys
@@ -218,8 +219,18 @@ def test_rows_of_another_model_are_refused_or_made_anew(
     with pytest.raises(DatasetError, match=told):
         run(source, output, answerer=idle)
     assert rows_of(output) == rows
+    # what a wrong row says is no model's word
+    write(output, [{**row, "model": "", "model_revision": ""} for row in rows])
+    assert run(source, output, answerer=idle).resumed == 2
+    write(output, rows)
     assert run(source, output, answerer=idle, redo_changed=True).rows == 2
     assert {row["model"] for row in rows_of(output)} == {"echo"}
+
+
+def test_a_model_is_known_by_its_revision_wherever_its_folder_is() -> None:
+    assert Maker("a", "r") == Maker("b", "r")
+    assert {Maker("a", "r")} == {Maker("b", "r")}
+    assert len({Maker("a", "r"), Maker("a", "s"), Maker("a"), Maker("b"), Maker()}) == 5
 
 
 def test_results_of_another_model_that_wait_in_redis_are_made_anew(

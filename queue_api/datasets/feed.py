@@ -14,7 +14,8 @@ from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
 from queue_api.datasets.columns import Row, RowParser, dump_row, output_row
 from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.resume import maker_of, no_such_row, other_model, other_row
+from queue_api.datasets.maker import Maker
+from queue_api.datasets.resume import no_such_row, other_model, other_row
 from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
@@ -66,7 +67,7 @@ class DatasetRun:
         parser: RowParser,
         window: int,
         max_error_rate: float | None,
-        makers: Collection[tuple[str, str]],
+        makers: Collection[Maker],
         listener: Callable[[Progress], None] | None,
     ) -> None:
         self._store = client.store
@@ -252,8 +253,8 @@ class DatasetRun:
 
     def _check_maker(self, result: GenerationResult) -> None:
         """:raises DatasetError: the output was begun with another model"""
-        maker = maker_of(result)
-        if not result.model or maker in self._makers:
+        maker = Maker.of(result)
+        if not maker or maker in self._makers:
             return
         if self._makers and maker not in self._allowed:
             raise other_model(self._makers, {maker})

@@ -8,11 +8,11 @@ from queue_api.datasets.columns import OUTPUT_COLUMNS, RowParser
 from queue_api.datasets.formats.jsonl import RowWriter
 from queue_api.datasets.formats.jsonl_lines import Line
 from queue_api.datasets.line_columns import ColumnReader
+from queue_api.datasets.maker import Maker
 from queue_api.store.bitmap import Bitmap
 from queue_api.wire.errors import DatasetError
-from queue_api.wire.schemas import GenerationResult
 
-__all__ = ["changed_rows", "check_makers", "maker_of", "no_such_row", "other_model", "other_row"]
+__all__ = ["changed_rows", "check_makers", "no_such_row", "other_model", "other_row"]
 
 WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose another output file"
 
@@ -76,10 +76,10 @@ def no_such_row(row: int, total: int) -> DatasetError:
     )
 
 
-def check_makers(writer: RowWriter, now: Collection[tuple[str, str]], *, redo: bool) -> set[int]:
+def check_makers(writer: RowWriter, now: Collection[Maker], *, redo: bool) -> set[int]:
     """The rows of the output that other models made than the workers have now.
 
-    :param now: model and revision of each worker; empty if none is there
+    :param now: those of the workers; empty if none is there
     :raises DatasetError: there are such rows and they aren't to be made again
     """
     others = writer.makers - set(now) if now else set()
@@ -90,14 +90,7 @@ def check_makers(writer: RowWriter, now: Collection[tuple[str, str]], *, redo: b
     raise other_model(others, now)
 
 
-def maker_of(result: GenerationResult) -> tuple[str, str]:
-    """The model that made a result, and its revision; empty if none saw the request."""
-    return (result.model, result.model_revision or "") if result.model else ("", "")
-
-
-def other_model(
-    written: Collection[tuple[str, str]], now: Collection[tuple[str, str]]
-) -> DatasetError:
+def other_model(written: Collection[Maker], now: Collection[Maker]) -> DatasetError:
     """What to say of an output whose rows another model made."""
     return DatasetError(
         f"rows of the output were made by {_shown(written)}, the workers have {_shown(now)}; "
@@ -105,8 +98,5 @@ def other_model(
     )
 
 
-def _shown(makers: Collection[tuple[str, str]]) -> str:
-    return " and ".join(
-        f"{model} at revision {revision}" if revision else model
-        for model, revision in sorted(makers)
-    )
+def _shown(makers: Collection[Maker]) -> str:
+    return " and ".join(sorted(map(str, makers)))

@@ -17,7 +17,8 @@ from queue_api.client.client import Client
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.resume import changed_rows, check_makers, maker_of
+from queue_api.datasets.maker import Maker
+from queue_api.datasets.resume import changed_rows, check_makers
 from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
@@ -86,7 +87,7 @@ class Dataset:
         )
         return await work.run()
 
-    async def _drop_other_models(self, now: Collection[tuple[str, str]]) -> None:
+    async def _drop_other_models(self, now: Collection[Maker]) -> None:
         if rows := check_makers(self.writer, now, redo=self.redo_changed):
             await asyncio.to_thread(self.writer.drop, rows.__contains__)
 
@@ -254,10 +255,10 @@ def _check_apart(source: RowSource, output: Path | str) -> None:
         raise DatasetError(f"{source.path} can't be both input and output")
 
 
-async def _models(client: Client, queue: str) -> Collection[tuple[str, str]]:
+async def _models(client: Client, queue: str) -> Collection[Maker]:
     """Those of the workers, if we may know: a user for producers needn't see workers."""
     try:
-        return await client.store.models(queue)
+        return {Maker(*model) for model in await client.store.models(queue)}
     except RedisAuthError:
         return ()
 
@@ -294,7 +295,7 @@ async def _open(
     dataset: Dataset,
     queue: str,
     chunk_size: int | None,
-    makers: Collection[tuple[str, str]],
+    makers: Collection[Maker],
 ) -> OpenedRun:
     """Take up the run in Redis; results of other models than the workers have now are left out,
     as if they had been lost."""
@@ -319,7 +320,7 @@ async def _open(
         waiting.update(
             (index, raw)
             for _, index, raw in entries
-            if not makers or maker_of(parse_result(run, index, raw)) in {*makers, ("", "")}
+            if not makers or Maker.of(parse_result(run, index, raw)) in {*makers, Maker()}
         )
         last = entries[-1][0]
     return OpenedRun(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from queue_api.datasets.maker import Maker
 from queue_api.wire.errors import DatasetError
 
 __all__ = ["RowWriter", "WrittenRow"]
@@ -42,8 +43,7 @@ class WrittenRow:
     index: int
     id: str
     fingerprint: str
-    maker: tuple[str, str]
-    """Model and its revision; empty for a row that no model saw."""
+    maker: Maker
     is_error: bool
     columns: dict[str, Any]
 
@@ -60,7 +60,7 @@ class RowWriter:
     def __init__(self, path: Path | str) -> None:
         self._path = path
         self._marks = array("Q")
-        self._makers: list[tuple[str, str]] = [("", "")]
+        self._makers = [Maker()]
         self.rows = 0
         """How many rows are written."""
         self.errors = 0
@@ -86,8 +86,8 @@ class RowWriter:
         return len(self._marks)
 
     @property
-    def makers(self) -> set[tuple[str, str]]:
-        """The models, each with its revision, that made rows of the file when it was opened."""
+    def makers(self) -> set[Maker]:
+        """The models that made rows of the file when it was opened."""
         return set(self._makers[1:])
 
     def has_other(self, row: int, fingerprint: str) -> bool:
@@ -98,8 +98,8 @@ class RowWriter:
         """True if the row was written with an error before the file was opened."""
         return row in self and bool(self._marks[row] & _IS_ERROR)
 
-    def maker(self, row: int) -> tuple[str, str]:
-        """The model and revision that made a row which was there when the file was opened."""
+    def maker(self, row: int) -> Maker:
+        """The model that made a row which was there when the file was opened."""
         return self._makers[self._marks[row] >> _MAKER_SHIFT & (_MOST_MAKERS - 1)]
 
     def info(self) -> os.stat_result:
@@ -227,7 +227,7 @@ class RowWriter:
             undo.callback(fresh.unlink, missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
-            self._marks, self._makers = array("Q"), [("", "")]
+            self._marks, self._makers = array("Q"), [Maker()]
             self.rows = self.errors = 0
             for known, line in self._lines():
                 if not is_unwanted(known.index):
@@ -291,12 +291,11 @@ def _read_row(line: bytes) -> WrittenRow | None:
         return None
     if type(index) is not int or not 0 <= index < 2**31:
         return None
-    maker = (str(row.get("model") or ""), str(row.get("model_revision") or ""))
     return WrittenRow(
         index=index,
         id=str(request_id),
         fingerprint=str(row.get("fingerprint") or ""),
-        maker=maker if maker[0] else ("", ""),
+        maker=Maker(*(str(row.get(name) or "") for name in ("model", "model_revision"))),
         is_error=row.get("finish_reason") == "error",
         columns=row,
     )
