@@ -196,6 +196,19 @@ def test_errors_stand_until_they_are_asked_for_again(
     assert [row["text"] for row in rows_of(output)] == ["answer to p0", "answer to p1"]
 
 
+def test_errors_that_were_put_right_are_made_again(
+    run: Callable[..., RunSummary], tmp_path: Path
+) -> None:
+    wrong = [{"prompt": "p0", "max_tokens": 0}, {"question": "p1"}, {"prompt": ""}]
+    source, output = write(tmp_path / "in.jsonl", [*FIRST, *wrong]), tmp_path / "out.jsonl"
+    assert run(source, output).errors == 3
+    write(source, [*FIRST, {"prompt": "p2"}, {"prompt": "p3"}])
+    summary = run(source, output)
+    assert (summary.rows, summary.resumed, summary.errors_before) == (2, 2, 0)
+    texts = [row["text"] for row in rows_of(output)]
+    assert texts == ["answer to p0", "answer to p1", "answer to p2", "answer to p3"]
+
+
 def test_rows_of_another_model_are_refused_or_made_anew(
     run: Callable[..., RunSummary],
     connection: redis.Redis,

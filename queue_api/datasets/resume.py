@@ -22,20 +22,22 @@ def changed_rows(
 ) -> Bitmap:
     """The rows of the output that the input, as it is now, wouldn't make; reads all of it.
 
-    :raises DatasetError: there are such rows and they aren't to be made again
+    Those with an error are always made again: it was put right, and no text is lost.
+
+    :raises DatasetError: there are others and they aren't to be made again
     """
     changed, index = Bitmap(), 0
     for _, line in lines:
         if index >= writer.end:
             return changed
         if writer.has_other(index, parser.fingerprint(line)):
-            if not redo:
+            if not redo and not writer.has_error(index):
                 raise other_row(writer, index, line)
             changed.add(index)
         index += 1
     for row in range(index, writer.end):
         if row in writer:
-            if not redo:
+            if not redo and not writer.has_error(row):
                 raise no_such_row(row, index)
             changed.add(row)
     return changed
