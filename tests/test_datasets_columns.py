@@ -348,6 +348,7 @@ def look(path: Path, **options: Any) -> str:
         (b"What is 2 + 3?\nAnd then?\n", "looks like plain text"),
         (b'{"question": "a"}\n' * 3, "Its columns are 'question': rename"),
         (b'{"prompt": ""}\n', "line 1: 'prompt' is empty"),
+        (b'{"prompt": "a", "n": "x"}\n', "If 'n' are columns of yours"),
         (b'{"custom_id": "a", "body": {"messages": []}}\n', "of OpenAI's batch format"),
         (b"\x7fELF\x02\x01\xff\n", "can be read"),
         (b"7\n8\n", "not an object but '7'"),

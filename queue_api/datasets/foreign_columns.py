@@ -12,6 +12,10 @@ from queue_api.wire.sampling import SAMPLING_FIELDS
 __all__ = ["ColumnNotices"]
 
 
+MOST_NAMES = 2000
+"""Rows whose names of columns never end are data of their own kind; nobody reads so many hints."""
+
+
 class ColumnNotices:
     """Says once of each column what its reader might not expect.
 
@@ -33,7 +37,7 @@ class ColumnNotices:
         :param taken: those that became fields of its request
         """
         new = columns.keys() - self._seen
-        if not new:
+        if not new or len(self._seen) > MOST_NAMES:
             return
         # where a table has no value, nothing is asked for yet
         new = {name for name in new if columns[name] is not None}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from queue_api.wire.errors import DatasetError
 from queue_api.wire.foreign_fields import INSTEAD
+from queue_api.wire.sampling import SAMPLING_FIELDS
 
 if TYPE_CHECKING:
     from queue_api.datasets.columns import Row
@@ -79,6 +80,9 @@ def why_unreadable(
         )
         hints = {INSTEAD[name] for name in columns if name in ("body", "inputs", "conversations")}
         told += "".join(f"; {hint}" for hint in sorted(hints))
+    if sampling := [name for name in columns if name in SAMPLING_FIELDS]:
+        shown = ", ".join(map(repr, sampling))
+        told += f". If {shown} are columns of yours and no sampling fields: --no-row-sampling"
     return told
 
 
