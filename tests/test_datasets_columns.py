@@ -310,6 +310,12 @@ def prompts_of(path: Path) -> list[str]:
     return asyncio.run(main())
 
 
+def test_files_put_behind_one_another_keep_their_first_rows(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(TEXT.encode("utf-8-sig") * 2)
+    assert prompts_of(path) == ["é 0", "é 1", "é 2"] * 2
+
+
 def test_a_broken_end_of_utf16_is_one_wrong_row(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(TEXT.encode("utf-16")[:-5])

@@ -83,6 +83,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN - -o - < in.jsonl >> in.jsonl", "- can't be both input and output"),
         ("$RUN in.jsonl -o - >&-", "can't write to the standard output: it is closed"),
         ("$RUN - -o out.jsonl <&-", "can't read the standard input: it is closed"),
+        ("$RUN in.jsonl -o - > /dev/full", "can't write -: No space left on device"),
+        ("$BATCHMILL --version > /dev/full", "can't write: No space left on device"),
         ("$RUN . -o out.jsonl", "can't read .: Is a directory"),
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),

@@ -8,6 +8,7 @@ read our output went away.
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import inspect
 import logging
@@ -276,6 +277,11 @@ def exit_code_of(error: BaseException) -> int:
     return 1
 
 
+def _forget_stdout() -> None:
+    """Python would complain once more when it flushes stdout at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_app(app: typer.Typer) -> NoReturn:
     """Run the command that the arguments name, and end the process with its exit code.
 
@@ -291,7 +297,12 @@ def run_app(app: typer.Typer) -> NoReturn:
         sys.exit(exit_code_of(error))
     except Stopped as stopped:
         if stopped.exit_code == 128 + signal.SIGPIPE:
-            # Python would complain once more when it flushes stdout at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _forget_stdout()
         sys.exit(stopped.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        tell(f"can't write: {error.strerror}")
+        _forget_stdout()
+        sys.exit(2)
     sys.exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ class ColumnReader:
         if line is None:
             return LineColumns(error=InvalidRequestError(f"longer than {MAX_LINE_BYTES} bytes"))
         try:
-            text = line.decode()
+            # within a file, a byte order mark is where another file was put behind it
+            text = line.removeprefix(codecs.BOM_UTF8).decode()
             if _depth(text) > MAX_COLUMN_DEPTH + 1:
                 return self._one_by_one(text)
             columns = self._decode(text)
