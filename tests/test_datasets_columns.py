@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from queue_api.client.client import Client
 from queue_api.datasets.columns import Row, RowParser, check_fields, dump_row, output_row
-from queue_api.datasets.formats.jsonl_lines import count_lines, read_lines
+from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES, count_lines, read_lines
 from queue_api.datasets.line_columns import MAX_COLUMN_DEPTH, ColumnReader
 from queue_api.datasets.source import RowSource
 from queue_api.wire.errors import (
@@ -381,3 +382,17 @@ def test_nan_is_no_number_to_anyone() -> None:
     assert math.isnan(json.loads("NaN"))  # so Python's reader alone doesn't refuse it
     (row,) = parse('{"prompt": "a", "temperature": NaN}')
     assert isinstance(row.request, RequestError)
+
+
+def test_an_endless_line_is_counted_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    with path.open("wb") as file:
+        for _ in range(96):
+            file.write(b"word " * 2**18)
+        file.write(b"\n{}\n")
+    tracemalloc.start()
+    try:
+        assert count_lines(path) == 2
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
+    finally:
+        tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ from queue_api.client.client import Client
 from queue_api.client.sync_client import SyncClient
 from queue_api.connection.connect import connect
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import run_dataset
+from queue_api.datasets.summary import RunSummary
 from queue_api.store.jobs import GENERATE
+from queue_api.wire.errors import DatasetError
 
 pytestmark = pytest.mark.servers
 
@@ -73,6 +77,25 @@ def test_worker_and_client_live_with_their_lines(url, client_url, worker):
     worker.process.terminate()
     assert worker.wait() == 0
     assert "NOPERM" not in worker.said() and "no permission" not in worker.said().lower()
+
+
+def test_a_dataset_run_lives_with_the_client_s_line(client_url, worker, tmp_path):
+    """It may not read which model the workers have, and looks at the first result in its place."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [json.dumps({"prompt": f"p{i}", "max_tokens": 1}) + "\n" for i in range(3)]
+    source.write_text("".join(rows[:2]))
+
+    async def answer(**options: bool) -> RunSummary:
+        async with Client(client_url) as client:
+            return await run_dataset(client, source, output, **options)
+
+    assert asyncio.run(answer()).rows == 2
+    output.write_text(output.read_text().replace('"model": "echo"', '"model": "another"'))
+    source.write_text("".join(rows))
+    before = output.read_bytes()
+    with pytest.raises(DatasetError, match="made by another, the workers have echo"):
+        asyncio.run(answer())
+    assert output.read_bytes() == before
 
 
 def test_rq_s_own_tools_live_with_the_worker_s_line(url, worker):
