@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from kits.client_kit import Answerer, rq_queue
+from kits.worker_kit import until
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
@@ -147,6 +148,20 @@ def test_jobs_whose_place_was_deleted_under_them_are_sent_again_or_end(
             assert sorted(result.index for result in got) == list(range(10))
             codes = [result.error.code for result in got if result.error]
             assert codes == ([] if has_requests else ["job_lost"] * 2 * num_lost)
+
+    asyncio.run(main())
+
+
+def test_a_call_whose_queue_was_deleted_is_sent_again(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer
+) -> None:
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            call = asyncio.create_task(client.generate("hello", timeout=60))
+            await asyncio.to_thread(until, lambda: len(rq_queue(connection)) == 1)
+            connection.delete("rq:queue:batchmill")
+            async with answerer.answering():
+                assert (await call).text == "answer to hello"
 
     asyncio.run(main())
 

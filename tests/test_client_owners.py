@@ -18,6 +18,7 @@ from kits.worker_kit import PATIENCE_S, until
 from queue_api.client.client import Client
 from queue_api.client.reader import ResultReader
 from queue_api.client.sync_client import SyncClient
+from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import run_of_call
@@ -121,6 +122,13 @@ def test_an_asyncio_client_is_its_process_alone(settings: QueueSettings) -> None
     assert in_child(lambda: asyncio.run(use(unused))) == ""
     asyncio.run(use(unused))
     assert "RuntimeError" in in_child(lambda: asyncio.run(use(unused)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_embedded_server_outlives_a_child_that_leaves_its_block() -> None:
+    with EmbeddedRedis() as server:
+        assert in_child(lambda: server.__exit__(None, None, None)) == ""
+        assert redis.Redis.from_url(server.url).ping()
 
 
 def test_a_generator_may_use_the_client_it_is_given_to(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 
@@ -26,6 +27,7 @@ from queue_api.store.jobs import request_json
 from queue_api.store.keys import RunKeys
 from queue_api.store.scripts import load_script
 from queue_api.wire.schemas import FinishReason, GenerationRequest
+from workers.claim.doorbell import Doorbell
 
 pytestmark = pytest.mark.servers
 
@@ -107,6 +109,16 @@ def test_drain_gives_the_rest_back_without_spending_a_retry(connection, start_wo
     assert Job.fetch(jobs[0], connection, serializer="json").retries_left == 3
     start_worker()
     assert {result.attempt for result in completed(connection, "run", 24)} == {1}
+
+
+def test_whoever_waits_for_work_is_told_that_nobody_listens_any_more():
+    async def main():
+        doorbell = Doorbell(None, ["rq:queue:batchmill"])  # listening there fails, oddly
+        with pytest.raises(AttributeError):
+            await asyncio.wait_for(doorbell.wait(), 20)
+        await doorbell.close()
+
+    asyncio.run(main())
 
 
 def test_a_second_signal_ends_the_grace(connection, start_worker):

@@ -108,6 +108,7 @@ class EmbeddedRedis:
         self._private: Path | None = None
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._pid = os.getpid()
 
     @property
     def url(self) -> str:
@@ -135,6 +136,7 @@ class EmbeddedRedis:
     def __enter__(self) -> EmbeddedRedis:
         # the socket is never in the user's folder: its path may be too long for one (108 bytes)
         _sweep_abandoned()
+        self._pid = os.getpid()
         self._private = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         try:
             self._lock = _mark_owned(self._private)
@@ -150,6 +152,8 @@ class EmbeddedRedis:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._pid != os.getpid():
+            return  # a forked child leaves the block: server and folder are its parent's
         self.stop()
         if self._private is not None:
             shutil.rmtree(self._private, ignore_errors=True)

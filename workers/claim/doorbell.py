@@ -35,13 +35,21 @@ class Doorbell:
             asyncio.create_task(self._listen(key, armed))
             for key, armed in zip(queue_keys, self._armed, strict=True)
         ]
+        for task in self._tasks:
+            task.add_done_callback(lambda _: self.ring())
 
     async def wait(self) -> None:
-        """Return when a queue holds a job, or `ring` was called since the last wait."""
+        """Return when a queue holds a job, or `ring` was called since the last wait.
+
+        :raises Exception: what ended a listener; it isn't heard any more
+        """
         for armed in self._armed:
             armed.set()
         await self._rung.wait()
         self._rung.clear()
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
     def ring(self) -> None:
         """Let whoever waits, or waits next, go on."""
