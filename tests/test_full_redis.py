@@ -16,6 +16,7 @@ from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.keys import RunKeys
+from queue_api.wire.errors import RedisServerError
 
 CAPACITY, CHUNK = 16, 8
 HELD = "rq:wip:batchmill"
@@ -90,6 +91,23 @@ def test_a_waiting_call_waits_on(server, connection):
             return (await asking).text
 
     assert asyncio.run(asyncio.wait_for(main(), 60)) == "answer to hello"
+
+
+def test_nothing_is_enqueued_beyond_its_memory(server, connection):
+    settings = QueueSettings(redis_url=server.url, reconnect_s=0)
+
+    async def main() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit(["a"], "run", queue="other")
+            call = client.store.template("batchmill").call("run-1", "run", [(1, b"{}")])
+            with out_of_memory(server, connection):
+                with pytest.raises(RedisServerError, match="out of memory") as refused:
+                    await client.store.enqueue([call])
+                assert refused.value.may_pass
+            assert connection.llen("rq:queue:batchmill") == 0
+            assert await client.store.enqueue([call]) == [1]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_results_are_read_and_trimmed_while_it_is_full(server, connection):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
+import pytest
 from kits.faults import no_replicas
 from kits.worker_kit import (
     QUEUE,
@@ -20,10 +23,12 @@ from kits.worker_kit import (
 )
 from rq import Queue
 
+from queue_api.connection.child_process import child_environment, python_module
 from queue_api.connection.connect import connect
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.store.jobs import GENERATE
 
+pytestmark = pytest.mark.servers
 HASTY = "import workers.patience as p\np.REPLICA_PATIENCE_S = 1\n" + SERVE
 
 
@@ -99,3 +104,29 @@ def test_a_failure_that_rq_couldn_t_write_down_is_written_later(connection, serv
     assert connection.hget(job.key, "deaths") is None
     after = queue.enqueue(GENERATE, "a b", max_tokens=2)
     until(lambda: after.get_status() == "finished")
+
+
+def test_a_run_whose_worker_dies_while_redis_is_away_goes_on(tmp_path: Path):
+    rows = [json.dumps({"prompt": f"row {i}"}) for i in range(400)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    answers, words = tmp_path / "out.jsonl", tmp_path / "words"
+    with EmbeddedRedis() as own, words.open("w") as stderr:
+        files = [str(tmp_path / "in.jsonl"), "-o", str(answers)]
+        options = ["--model", "echo:tokens=8,step_s=0.05"]
+        run = subprocess.Popen(
+            python_module("batchmill", "run", *files, *options),
+            env=child_environment({"BATCHMILL_REDIS_URL": own.url}),
+            stderr=stderr,
+        )
+        try:
+            with connect(own.url) as client:
+                until(lambda: answers.exists() and answers.read_bytes().count(b"\n") > 20)
+                (worker,) = workers(client)
+            own.stop()
+            os.kill(worker.pid, signal.SIGKILL)
+            until(lambda: "ended with code 2" in words.read_text())
+            own.start()
+            assert run.wait(60) == 0, words.read_text()
+        finally:
+            run.kill()
+    assert len(answers.read_text().splitlines()) == 400

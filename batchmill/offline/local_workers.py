@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections import deque
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 """Exit code of a worker that was set up wrongly: starting it again would change nothing."""
+RESTART_PAUSE_S = 2.0
+"""Before another try of a worker that couldn't be set up."""
 _KEPT_LINES = 20
 RESTARTS_TO_BEGIN = 3
 """Of each place, until a worker serves: what fails so early fails on this machine."""
@@ -60,6 +63,7 @@ class LocalCluster:
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._stopping = asyncio.Event()
+        self._have_served = False
         self._watchers: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -79,6 +83,7 @@ class LocalCluster:
     def refill(self) -> None:
         """Workers serve, or a text has come out of one: give every place its restarts anew."""
         self._restarts_left = [RESTARTS_WITHOUT_TEXT] * self.num_workers
+        self._have_served = True
 
     async def watch(self) -> None:
         """Return when stopped.
@@ -130,13 +135,21 @@ class LocalCluster:
             code = await self._run_once(place)
             if self._stopping.is_set():
                 return
-            if code == EXIT_USAGE:
+            # one that could serve before finds Redis away, say, and may do so again
+            if code == EXIT_USAGE and not self._have_served:
                 raise ConfigurationError(self._last_words("a worker refused its settings"))
             left = self._restarts_left[place]
             logger.warning("worker %d ended with code %s; %d restarts left", place, code, left)
             if not left:
                 return
             self._restarts_left[place] -= 1
+            if code == EXIT_USAGE:
+                await self._pause()
+
+    async def _pause(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RESTART_PAUSE_S):
+                await self._stopping.wait()
 
     async def _run_once(self, place: int) -> int:
         process = await asyncio.create_subprocess_exec(

@@ -13,9 +13,10 @@ local limit = tonumber(ARGV[3])
 if limit > 0 and redis.call('LLEN', KEYS[2]) >= limit then
   return -1
 end
+-- First what a full Redis refuses: where a script has begun to write, it lets it go on.
+redis.call('SADD', KEYS[3], KEYS[2])
 redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-redis.call('SADD', KEYS[3], KEYS[2])
 redis.call(ARGV[2], KEYS[2], ARGV[1])
 return 1
