@@ -8,12 +8,14 @@ import signal
 from collections.abc import Awaitable, Coroutine, Mapping
 from typing import Any
 
+from redis.exceptions import RedisError
 from rq.worker.base import BaseWorker
 
 from queue_api.connection.connect import LONGEST_BLOCK_S, connect_async
 from queue_api.connection.failures import REDIS_ERRORS
 from queue_api.store.keys import strays_key
 from queue_api.store.scripts import Scripts
+from queue_api.wire.errors import RedisAccessError
 from workers.claim.doorbell import Doorbell
 from workers.claim.heartbeat import Keeper
 from workers.claim.intake import Intake
@@ -60,6 +62,7 @@ class Service:
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._exit_code = EXIT_DRAINED
         self._has_failed_engine = False
+        self._has_lost_redis = False
         self._rq_thread = RQThread()
         self._connection = connect_async(
             settings.redis_url, 8 + 2 * len(worker.queues), settings.redis_timeout_s
@@ -151,6 +154,7 @@ class Service:
 
     def _on_failure(self, error: BaseException) -> None:
         logger.critical("worker can't go on: %s", error, exc_info=error)
+        self._has_lost_redis |= isinstance(error, RedisError | RedisAccessError)
         self._exit_code = EXIT_FAILED
         self._hurry.set()
         self._stop.set()
@@ -166,6 +170,9 @@ class Service:
         self._on_failure(error)
 
     async def _drain(self) -> None:
+        if self._has_lost_redis:
+            logger.error("%d jobs end with their leases", len(self._runner.active))
+            return  # what Redis refuses for good it won't take now
         idle = asyncio.create_task(self._runner.idle.wait())
         hurry = asyncio.create_task(self._hurry.wait())
         grace_s = self._settings.drain_grace_s

@@ -31,6 +31,10 @@ local now = clock[1] + clock[2] / 1e6
 local stamp = string.format('%.6f', now)
 local reply = {'ok'}
 
+-- Writes nothing, but a full Redis refuses it: what is taken now would have nowhere to put its results.
+-- LPOP needs no memory, and where a script has begun to write it may go on.
+redis.call('SETRANGE', 'batchmill:room', 0, '')
+
 local function is_fit(key, kind)
   local found = redis.call('TYPE', key).ok
   return found == kind or found == 'none'
