@@ -26,7 +26,13 @@ from kits.engine_models import (
 from engine.config import EngineConfig
 from engine.engine import Engine
 from queue_api.wire.errors import UnsupportedModelError, UnsupportedRequestError
-from queue_api.wire.schemas import FinishReason, GenerationRequest, SamplingParams
+from queue_api.wire.schemas import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    SamplingParams,
+)
+from workers.running.outcomes import Outcome
 
 PROMPTS = mixed_prompts(count=4, longest=30)
 # one whose text ends early
@@ -100,6 +106,19 @@ def test_each_field_is_applied_as_generate_does(tmp_path: Path, name: str, file:
         assert want != expected(tiny_model("llama"))  # it does something
     plain = texts(engine, generation_defaults="none")
     assert plain == expected(tiny_model("llama"))
+
+
+def test_a_result_names_what_was_applied(tmp_path: Path) -> None:
+    engine = model_with(tmp_path, repetition_penalty=1.3, begin_suppress_tokens=[7]).engine()
+    asked = [request(PROMPTS[0]), request(PROMPTS[0], 1, generation_defaults="none")]
+    results = [
+        GenerationResult.model_validate(
+            Outcome(None, 0, str(i), completion, None, asked[i], 0.0, {}).fields()
+        )
+        for i, completion in enumerate(engine.generate(asked))
+    ]
+    assert results[0].applied_defaults == ["repetition_penalty", "begin_suppress_tokens"]
+    assert results[1].applied_defaults is None
 
 
 @functools.cache

@@ -66,10 +66,9 @@ class Tokenizer:
         }
         ids: frozenset[int] = frozenset()
         for source, holder in sources.items():
-            named = end_of_text_ids(
-                getattr(holder, "eos_token_id", None), str(checkpoint.folder / source)
-            )
-            ids = ids or named
+            if not ids:
+                named = getattr(holder, "eos_token_id", None)
+                ids = end_of_text_ids(named, str(checkpoint.folder / source))
         if not ids:
             logger.warning(
                 "%s names no end-of-text token: texts end at max_tokens", checkpoint.name

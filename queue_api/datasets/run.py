@@ -230,7 +230,7 @@ def _fingerprint(
 ) -> str:
     """Of the files and options. The input's size, time and samples stand for its content."""
     parts = [str(output) if output == "-" else os.path.realpath(output)]
-    parts.append((defaults or SamplingParams()).model_dump_json())
+    parts.append((defaults or SamplingParams()).model_dump_json(exclude_unset=True))
     if model:
         parts.append(model)
     if source.path != "-" and source.is_file:

@@ -123,7 +123,7 @@ class SamplingParams(BaseModel):
     worker's setting."""
 
     def __eq__(self, other: object) -> bool:
-        # pydantic's, which whoever leaves out defaults calls for each request, takes much longer
+        # pydantic's takes much longer; which fields were given doesn't count here
         return isinstance(other, SamplingParams) and self.__dict__ == other.__dict__
 
     __hash__ = None  # type: ignore[assignment]  # as ever: some fields are lists
