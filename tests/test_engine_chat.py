@@ -88,6 +88,21 @@ def test_tools_calls_and_answers_go_through_the_template() -> None:
     assert rendered(RICH, messages=chat, tools=json.dumps([TOOL])) == text
 
 
+def test_content_parts_are_for_templates_that_take_them() -> None:
+    parts = [{"type": "text", "text": "2 + 3"}, {"type": "text", "text": "= ?"}]
+    chat = [{"role": "user", "content": parts}]
+    looping = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endif %}{% endfor %}"
+    )
+    assert rendered(looping, messages=chat) == expected(looping, chat) == "<user>2 + 3|= ?|"
+    dumped = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    cut = "{% for m in messages %}{{ m.content | first }}{% endfor %}"
+    for template in (PLAIN, RICH, dumped, cut):
+        with pytest.raises(InvalidRequestError, match=r"'messages\[0\].content' as one string"):
+            rendered(template, messages=chat)
+
+
 def test_variables_of_the_template_can_be_set() -> None:
     for value in (True, False):
         text = rendered(RICH, messages=[USER], chat_template_kwargs={"enable_thinking": value})

@@ -31,8 +31,8 @@ from queue_api.wire.schemas import ErrorDetail, GenerationRequest, GenerationRes
             "can't be written as JSON (an integer of more than 4300 digits)",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
-            "must be one string; of OpenAI's content parts only text is taken, joined by you",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "has a part of the type 'image_url': of content parts only text is taken",
         ),
         ({}, "give either 'prompt' or 'messages', not both and not neither"),
         ({"messages": []}, "'messages' is empty"),

@@ -47,6 +47,12 @@ def render_chat(tokenizer: Any, request: GenerationRequest) -> str:
         raise
     except Exception as error:  # a template is a program of the model's author
         raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
+    for place, message in enumerate(messages):
+        if isinstance(parts := message.get("content"), list) and not _shows(parts, text):
+            raise InvalidRequestError(
+                f"the model's chat template takes 'messages[{place}].content' as one string: join "
+                "the texts of its parts"
+            )
     for where, fewer_messages, fewer_kwargs in _without_each(messages, kwargs):
         try:
             has_effect = _apply(tokenizer, fewer_messages, fewer_kwargs) != text
@@ -63,6 +69,15 @@ def render_chat(tokenizer: Any, request: GenerationRequest) -> str:
 def _apply(tokenizer: Any, messages: Messages, kwargs: Mapping[str, Any]) -> str:
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     return text
+
+
+def _shows(parts: list[dict[str, Any]], text: str) -> bool:
+    """True if these parts' texts stand in `text`, and not Python's or JSON's notation of them."""
+    texts = [part["text"] for part in parts]
+    if not all(part.strip() in text for part in texts):
+        return False
+    notation = re.compile("""['"]type['"]: ?['"]text['"]""")
+    return bool(notation.search("".join(texts))) or not notation.search(text)
 
 
 def _as_dict(message: dict[str, Any]) -> dict[str, Any]:

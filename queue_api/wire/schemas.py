@@ -81,12 +81,24 @@ class StructuredOutputStatus(StrEnum):
     INVALID = "invalid"
 
 
-def _one_text(content: object) -> object:
-    if isinstance(content, list):
-        raise ValueError(
-            "must be one string; of OpenAI's content parts only text is taken, joined by you"
-        )
+def _known_parts(content: object) -> object:
+    """Say of parts that aren't text what they are."""
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise ValueError(
+                f"has a part of the type {kind!r:.40}: of content parts only text is taken"
+            )
     return content
+
+
+class TextPart(BaseModel):
+    """A part of a message's content, in OpenAI's form."""
+
+    model_config = WIRE
+
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
 
 
 _Json = TypeVar("_Json")
@@ -139,8 +151,12 @@ class ChatMessage(BaseModel):
     model_config = WIRE
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str, BeforeValidator(_one_text), Field(max_length=MAX_PROMPT_CHARS)]
-    """May be absent beside `tool_calls`."""
+    content: Annotated[
+        Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)],
+        BeforeValidator(_known_parts),
+    ]
+    """May be absent beside `tool_calls`. Parts are for templates that take them."""
     name: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
     tool_calls: Annotated[list[dict[str, Any]], AfterValidator(_fit_for_json)] | None = None
     """The calls of an assistant's turn, in OpenAI's form."""
@@ -380,8 +396,11 @@ def describe(error: ValidationError) -> str:
         # a field that may be of several types fails once for each; the first, ours, says it best
         parts.setdefault(field, _complaint(field, item))
     # an element that is wrong says more than that the whole isn't the other type it may be
-    within = {name.split("[")[0] for name in parts if "[" in name}
-    return "; ".join(complaint for field, complaint in parts.items() if field not in within)
+    return "; ".join(
+        complaint
+        for field, complaint in parts.items()
+        if not any(other.startswith(f"{field}[") for other in parts)
+    )
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:

@@ -19,6 +19,7 @@ from queue_api.wire.errors import (
     UnsupportedRequestError,
 )
 from queue_api.wire.schemas import (
+    ChatMessage,
     FinishReason,
     GenerationRequest,
     StructuredOutputStatus,
@@ -198,4 +199,10 @@ def _words(request: GenerationRequest) -> list[str]:
         return [str(token) for token in request.prompt]
     if request.prompt is not None:
         return request.prompt.split() or [""]
-    return [word for message in request.messages or () for word in message.content.split()] or [""]
+    return [word for message in request.messages or () for word in _said(message)] or [""]
+
+
+def _said(message: ChatMessage) -> list[str]:
+    if isinstance(message.content, str):
+        return message.content.split()
+    return [word for part in message.content for word in part.text.split()]
