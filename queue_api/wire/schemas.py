@@ -396,11 +396,8 @@ def describe(error: ValidationError) -> str:
         # a field that may be of several types fails once for each; the first, ours, says it best
         parts.setdefault(field, _complaint(field, item))
     # an element that is wrong says more than that the whole isn't the other type it may be
-    return "; ".join(
-        complaint
-        for field, complaint in parts.items()
-        if not any(other.startswith(f"{field}[") for other in parts)
-    )
+    within = {name[:place] for name in parts for place, letter in enumerate(name) if letter == "["}
+    return "; ".join(complaint for field, complaint in parts.items() if field not in within)
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
