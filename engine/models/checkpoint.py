@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -95,10 +96,15 @@ class Checkpoint:
         return cls(snapshot, model, snapshot.name, _read_folder(snapshot), hub_id=model)
 
     @contextmanager
-    def open(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+    def open(
+        self, names: Collection[str], dtype: torch.dtype | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Lazy tensors by name; only the files that hold one of `names` are opened.
 
         A tensor is read from the file when it is indexed (`tensor[...]`), not before.
+
+        :param dtype: what the tensors will be converted to; those that have it already are mapped,
+            others read, lest the file's pages be held beside their copies
 
         :raises ModelNotFoundError: if a file is missing or damaged
         """
@@ -111,7 +117,11 @@ class Checkpoint:
                 try:
                     path = self._local(file_name)
                     file = stack.enter_context(safe_open(path, framework="pt"))
-                    tensors.update({name: file.get_slice(name) for name in held})
+                    slices = {name: file.get_slice(name) for name in held}
+                    if dtype is not None and _converts(slices, dtype):
+                        file = stack.enter_context(_unmapped(path))
+                        slices = {name: file.get_slice(name) for name in held}
+                    tensors.update(slices)
                 except (OSError, SafetensorError) as error:
                     raise ModelNotFoundError(
                         f"{self.folder / file_name}: can't read it ({error})"
@@ -125,6 +135,11 @@ class Checkpoint:
         logger.info("fetching %s of %s", file_name, self.hub_id)
         with _hub_errors(self.hub_id, self.revision, file_name):
             return Path(hf_hub_download(self.hub_id, file_name, revision=self.revision))
+
+    def files(self) -> list[Path]:
+        """Its weight files that are here."""
+        paths = (self.folder / name for name in set(self.weight_map.values()))
+        return [path for path in paths if path.exists()]
 
     def layer_lists(self, num_layers: int) -> frozenset[str]:
         """Name prefixes that are followed by each number of `num_layers` layers and no other."""
@@ -215,6 +230,21 @@ def _read_weight_map(folder: Path, weights: Path) -> dict[str, str]:
     for file_name in sorted(there):
         weight_map |= dict.fromkeys(_tensor_names(folder / file_name), file_name)
     return weight_map
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _converts(slices: dict[str, Any], dtype: torch.dtype) -> bool:
+    stored = {_DTYPES.get(tensor.get_dtype()) for tensor in slices.values()}
+    return bool(stored - {None, dtype})
+
+
+def _unmapped(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", backend="pread")
+    except TypeError:  # safetensors before 0.8 maps
+        return safe_open(path, framework="pt")
 
 
 def _tensor_names(path: Path) -> list[str]:

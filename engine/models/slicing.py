@@ -135,7 +135,7 @@ def _load_slice(
     held = set(skeleton.state_dict())
     names = _needed(checkpoint, config, spec, held=held, absent=whole - held)
     others = _under_other_names(checkpoint, ties, held)
-    with checkpoint.open([*names, *others.values()]) as tensors, _quiet_loading():
+    with checkpoint.open([*names, *others.values()], dtype) as tensors, _quiet_loading():
         tensors |= {name: tensors[other] for name, other in others.items()}
         if getattr(config, "quantization_config", None) is None:  # else several in one
             _check_sizes(checkpoint, tensors, parameters)

@@ -14,6 +14,7 @@ from engine.attention.check import AttentionMismatchError, Heads, check_attentio
 from engine.attention.hook import AttentionCall
 from engine.attention.kv_pool import KVShape
 from engine.batch import ForwardBatch, Segment
+from engine.kernels.malloc import give_back_freed_memory, give_back_mapped_files
 from engine.models.checkpoint import Checkpoint
 from engine.models.cut_check import LayerInputs
 from engine.models.single_cache import FarCache, SingleCache
@@ -51,21 +52,34 @@ def load_stage(
     :raises UnsupportedModelError: if neither way gives what the model itself gives
     """
     ways = (True, False) if can_lay_out(torch.device(spec.device), dtype) else (False,)
+    stage = None
     for lays_out in ways:
         model = load_slice(checkpoint, config, spec, dtype, trust_remote_code=trust_remote_code)
         stage = Stage(model, config, spec, use_cache=use_cache)
+        del model
         where = f"stage {spec.index} on {stage.device}"
-        name = type(model).__name__
+        name = type(stage.model).__name__
         weights.convert(stage.layers, lays_out=lays_out, where=where, model=name)
         try:
-            ModeChoice(stage, longest).settle(lay_out_weights=lays_out)
+            ModeChoice(stage, longest, checkpoint).settle(lay_out_weights=lays_out)
+            if stage.mode == "packed":
+                break
         except UnsupportedModelError:
             if not lays_out:
                 raise
-            continue
-        if stage.mode == "packed":
-            break
+        if lays_out:
+            stage = None  # or the weights would be there twice
+            give_back_freed_memory()
+    assert stage is not None
+    _give_back_pages(checkpoint)
+    give_back_freed_memory()
     return stage
+
+
+def _give_back_pages(checkpoint: Checkpoint) -> None:
+    """Let go of what the files' pages and replaced weights took: it comes back if it is needed."""
+    give_back_mapped_files(checkpoint.files())
+    give_back_freed_memory(collect=False)
 
 
 class WrongOutputError(EngineError):
@@ -79,9 +93,10 @@ class CacheMismatchError(UnsupportedModelError):
 class ModeChoice:
     """The ways to run a stage, one after the other, until one is right."""
 
-    def __init__(self, stage: Stage, longest: int) -> None:
+    def __init__(self, stage: Stage, longest: int, checkpoint: Checkpoint) -> None:
         self._stage = stage
         self._longest = longest
+        self._checkpoint = checkpoint
         rope = stage.long_rope
         self._is_long = rope is not None and rope.is_long(PROBE_LENGTH, PROBE_LENGTH)
 
@@ -105,7 +120,8 @@ class ModeChoice:
                 f"({type(problem).__name__}: {problem})"
             ) from problem
         if lay_out_weights:
-            lay_out_linears(self._stage.model)
+            _give_back_pages(self._checkpoint)
+            lay_out_linears(self._stage.model, lambda: _give_back_pages(self._checkpoint))
             fuse_layers(self._stage.model)
         reasons: list[str] = []
         for backend in self._stage.backends:

@@ -26,6 +26,7 @@ __all__ = ["LaidOutLinear", "can_lay_out", "lay_out_linears", "lays_out_int8"]
 # MKL's layout serves any number of rows, but is made for one, which matters with several threads:
 # on two, one made for 512 gives 159 and 194 GFLOP/s at 64 and 128 rows, one for 16 286 at 512.
 MKL_ROWS = 128
+_GIVE_BACK_BYTES = 64 << 20
 
 
 class Product(Protocol):
@@ -114,20 +115,32 @@ def _layout() -> Callable[[torch.Tensor], Product] | None:
     return None
 
 
-def lay_out_linears(model: nn.Module) -> None:
+def lay_out_linears(model: nn.Module, give_back: Callable[[], None] | None = None) -> None:
     """Replace each `nn.Linear` in `model`; subclasses of it may do more and stay as they are.
 
     Quantized weights are laid out as they are where there is a product with such weights, else as
     the numbers that they stand for.
+
+    :param give_back: called now and then, for the memory of the weights that were replaced
     """
     layout = _layout()
     assert layout is not None, "ask can_lay_out before"
+    replaced_bytes = 0
 
-    def laid_out(module: nn.Module) -> nn.Module | None:
+    def replacement(module: nn.Module) -> LaidOutLinear | None:
+        nonlocal replaced_bytes
+        if replaced_bytes > _GIVE_BACK_BYTES and give_back is not None:
+            give_back()
+            replaced_bytes = 0
+        if (new := laid_out(module)) is not None:
+            replaced_bytes += 4 * math.prod(new.weight.shape)
+        return new
+
+    def laid_out(module: nn.Module) -> LaidOutLinear | None:
         if isinstance(module, QuantizedLinear) and lays_out_int8():
             return LaidOutLinear(module, _Panels(module.quantized.values, module.quantized.scales))
         if isinstance(module, QuantizedLinear) or is_plain_linear(module):
             return LaidOutLinear(module, layout(module.weight.detach()))
         return None
 
-    replace_modules(model, laid_out)
+    replace_modules(model, replacement)
