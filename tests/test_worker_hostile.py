@@ -149,6 +149,7 @@ REQUESTS: dict[str, Any] = {
     "messages-empty": {"id": "x", "messages": []},
     "role-number": {"id": "x", "messages": [{"role": 1, "content": "a"}]},
     "timeout-negative": {"id": "x", "prompt": "a", "timeout_s": -1},
+    "metadata-nan": {"id": "x", "prompt": "a", "metadata": {"k": float("nan")}},
 }
 HARMLESS: dict[str, Any] = {
     "controls": {
@@ -156,7 +157,6 @@ HARMLESS: dict[str, Any] = {
         "prompt": "\x00 \x1b[2J",
         "metadata": {"\x00": "\u202e"},
     },
-    "metadata-nan": {"id": "x", "prompt": "a", "metadata": {"k": float("nan")}},
     "astral": {"id": "\U0001f600", "prompt": "\U0001f600 \u0301"},
 }
 

@@ -46,11 +46,11 @@ for k = 4, #KEYS, 2 do
       reply[1] = 'more'
       break
     end
-    looks = looks - 1
     local id = redis.call('LPOP', KEYS[k])
     if not id then
       break
     end
+    looks = looks - 1
     local job = prefix .. ':job:' .. id
     -- pcall: somebody's key of another type under a job's name must not stop the queue
     local known = redis.pcall('HMGET', job, 'status', 'batch_size', 'deaths', 'claims')
