@@ -113,7 +113,7 @@ def test_drain_gives_the_rest_back_without_spending_a_retry(connection, start_wo
 
 def test_whoever_waits_for_work_is_told_that_nobody_listens_any_more():
     async def main():
-        doorbell = Doorbell(None, ["rq:queue:batchmill"])  # listening there fails, oddly
+        doorbell = Doorbell(None, ["rq:queue:batchmill"], 1.0)  # listening there fails, oddly
         with pytest.raises(AttributeError):
             await asyncio.wait_for(doorbell.wait(), 20)
         await doorbell.close()
