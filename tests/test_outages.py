@@ -115,7 +115,7 @@ def test_a_run_whose_worker_dies_while_redis_is_away_goes_on(tmp_path: Path):
         options = ["--model", "echo:tokens=8,step_s=0.05"]
         run = subprocess.Popen(
             python_module("batchmill", "run", *files, *options),
-            env=child_environment({"BATCHMILL_REDIS_URL": own.url}),
+            env=child_environment({"BATCHMILL_REDIS_URL": own.url, "BATCHMILL_LEASE_S": "2"}),
             stderr=stderr,
         )
         try:
