@@ -41,22 +41,25 @@ def calls(connection: redis.Redis) -> int:
 def test_a_worker_keeps_its_results_and_takes_no_more_than_it_may_hold(
     server, connection, start_worker
 ):
-    worker = start_worker("echo:tokens=4,step_s=0.01", max_num_seqs=8, capacity=CAPACITY, lease_s=2)
-    total = 600
+    worker = start_worker(
+        "echo:tokens=10,step_s=0.02", max_num_seqs=8, capacity=CAPACITY, lease_s=2
+    )
+    total = 240
     submit(connection, "run", [f"w{i} x" for i in range(total)], chunk_size=CHUNK)
     until(lambda: num_done(connection, "run") > 20)
     with out_of_memory(server, connection):
-        refused = lambda: worker.said().count("takes no writes")  # noqa: E731
+        said = "takes no writes", "no claim"
+        refused = lambda: sum(map(worker.said().count, said))  # noqa: E731
         until(lambda: refused() >= 2)
         before, held = calls(connection), connection.zrange(HELD, 0, -1)
         # twice the lease
-        until(lambda: refused() >= 10)
+        until(lambda: refused() >= 12)
         assert calls(connection) - before < 300
         leases = connection.zrange(HELD, 0, -1, withscores=True)
-        assert sorted(job for job, _ in leases) == sorted(held)
+        assert {job for job, _ in leases} <= set(held)  # one that has its results may end
         # with what was just done and on its way when there was no more room
-        assert 0 < len(leases) * CHUNK <= 2 * CAPACITY
-        assert min(until for _, until in leases) > connection.time()[0]
+        assert len(leases) * CHUNK <= 2 * CAPACITY
+        assert all(end > connection.time()[0] for _, end in leases)
     found = completed(connection, "run", total)
     assert {(result.ok, result.attempt) for result in found} == {(True, 1)}
     assert "lost results" not in worker.said() and "CRITICAL" not in worker.said()
