@@ -150,7 +150,6 @@ REQUESTS: dict[str, Any] = {
     "role-number": {"id": "x", "messages": [{"role": 1, "content": "a"}]},
     "metadata-nan": {"id": "x", "prompt": "a", "metadata": {"k": float("nan")}},
     "timeout-negative": {"id": "x", "prompt": "a", "timeout_s": -1},
-    "metadata-nan": {"id": "x", "prompt": "a", "metadata": {"k": float("nan")}},
 }
 HARMLESS: dict[str, Any] = {
     "controls": {
