@@ -95,7 +95,7 @@ class Result:
     ties: int = 0
     """Texts that left `generate`'s at a near tie."""
     recomputed_otherwise: int = 0
-    """Resumed texts that `generate`, too, ends otherwise when given the same part of them."""
+    """Texts that `generate`, too, ends otherwise when given a part of them."""
     logit_error: float = 0.0
     """The largest relative error of the logits over all partitions."""
     distinct_tokens: int = 0
@@ -234,7 +234,8 @@ def compare(reference: Reference, cut: str, result: Result) -> str:
         )
     )
     result.modes[cut] = "/".join(stage.mode for stage in engine.stages)
-    wrong = count_wrong(reference, write(engine, reference, [0] * len(reference.texts)), result)
+    none = [0] * len(reference.texts)
+    wrong = count_wrong(reference, write(engine, reference, none), result, none)
     parts = [int((1 / 3, 1 / 2, 1)[i % 3] * (len(t) - 1)) for i, t in enumerate(reference.texts)]
     again = count_wrong(reference, write(engine, reference, parts), result, parts)
     result.preemptions += engine.metrics.preemptions
@@ -266,20 +267,18 @@ def write(engine: Engine, reference: Reference, parts: list[int]) -> list[list[i
 
 
 def count_wrong(
-    reference: Reference, texts: list[list[int]], result: Result, parts: list[int] | None = None
+    reference: Reference, texts: list[list[int]], result: Result, parts: list[int]
 ) -> int:
     """How many texts differ from the reference's otherwise than by a tie, which is noted.
 
-    :param parts: tokens that each was resumed with; then it may also be what the reference makes
-        of prompt and part, for some models' text depends on what is computed at once
+    Also noted: a text that the reference, too, ends so when given the part up to where it differs,
+    or the one it was resumed with (`parts`, in tokens). Some models' text depends on what is
+    computed at once, by what is next to a tie within them (experts, selected keys).
     """
     wrong = 0
     for i, found in enumerate(texts):
         prompt, expected = reference.prompts[i], reference.texts[i]
         if found == expected:
-            continue
-        if parts and found == reference.continued(prompt, expected[: parts[i]]):
-            result.recomputed_otherwise += 1
             continue
         place = next(
             (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None
@@ -288,6 +287,11 @@ def count_wrong(
             prompt + expected[:place], found[place], expected[place]
         ):
             result.ties += 1
+        elif found in (
+            reference.continued(prompt, expected[:place]),
+            reference.continued(prompt, expected[: parts[i]]),
+        ):
+            result.recomputed_otherwise += 1
         else:
             wrong += 1
     return wrong
@@ -473,8 +477,8 @@ def _otherwise(results: dict[str, Result]) -> str:
     if not names:
         return ""
     return (
-        f"; resumed texts of {', '.join(names)} may be what `generate` makes of prompt and part, "
-        "which isn't always what it made of the prompt"
+        f"; preempted and resumed texts of {', '.join(names)} may be what `generate` makes of the "
+        "prompt and a part of the text, which isn't always what it made of the prompt"
     )
 
 

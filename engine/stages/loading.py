@@ -240,6 +240,8 @@ class ModeChoice:
         """
         if not self._stage.takes_positions or self._longest <= PROBE_LENGTH:
             return
+        if not self._keeps_keys_alone():
+            return  # to such layers positions with gaps may be another text
         ratio = (self._longest - PROBE_LENGTH) ** (1 / (PROBE_LENGTH - 1))
         spread = [i + int(ratio**i) - 1 for i in range(PROBE_LENGTH)]
         positions = torch.tensor([*spread[:-1], self._longest - 1])
@@ -326,9 +328,12 @@ class ModeChoice:
 
         :raises UnsupportedModelError: if packed tokens won't do
         """
-        text = self._stage.model.config.get_text_config()
-        if not set(getattr(text, "layer_types", None) or ()) <= PACKABLE_LAYERS:
+        if not self._keeps_keys_alone():
             raise UnsupportedModelError("layers that keep another state than K and V")
+
+    def _keeps_keys_alone(self) -> bool:
+        text = self._stage.model.config.get_text_config()
+        return set(getattr(text, "layer_types", None) or ()) <= PACKABLE_LAYERS
 
     def _probe_input(self) -> torch.Tensor:
         if self._stage.spec.is_first:
