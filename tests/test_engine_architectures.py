@@ -132,6 +132,35 @@ def check_text(model: TinyModel, num_stages: int) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_architecture_matches_generate_in_uneven_stages_preempted_and_resumed(
+    name: str, tmp_path: Path
+) -> None:
+    """Prompts several times as long as what is computed at once, and slots for two or three."""
+    model = make_model(MODELS[name][1](), tmp_path)
+    engine = model.engine(
+        devices=("cpu",) * 2,
+        partition="custom",
+        layer_bounds=(1,),
+        max_num_seqs=6,
+        max_batch_tokens=11,
+        max_model_len=64,
+        kv_cache_tokens=120,
+    )
+    expected = [model.greedy(prompt, 24) for prompt in PROMPTS]
+    completions = engine.generate(requests(PROMPTS, max_tokens=24))
+    assert [completion.token_ids for completion in completions] == expected
+    assert engine.metrics.preemptions > 0
+    for i, (request, text) in enumerate(
+        zip(requests(PROMPTS, max_tokens=24), expected, strict=True)
+    ):
+        engine.add(request.id, request, generated=text[: (i * 4) % len(text)])
+    done = {}
+    while engine.has_unfinished():
+        done |= {completion.key: completion.token_ids for completion in engine.step()}
+    assert [done[str(i)] for i in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_architecture_matches_generate_in_any_number_of_stages(name: str, tmp_path: Path) -> None:
     mode, config = MODELS[name]
     model = make_model(config(), tmp_path)
