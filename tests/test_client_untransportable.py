@@ -56,7 +56,8 @@ def test_a_call_that_cannot_travel_fails_alone(
 def test_requests_of_a_run_that_cannot_travel_end_as_errors(
     settings: QueueSettings, answerer: Answerer
 ) -> None:
-    built = GenerationRequest(id="built", messages=[{"role": "user", "content": HALF}])
+    cut = {"structured_outputs": {"json": {"const": HALF}}}
+    built = GenerationRequest(id="built", prompt="x", sampling=cut)
     ended = GenerationResult.failed("ended", InvalidRequestError("x"), metadata={"x": HALF})
 
     async def main() -> list[GenerationResult]:
@@ -67,8 +68,9 @@ def test_requests_of_a_run_that_cannot_travel_end_as_errors(
 
     results = sorted(asyncio.run(main()), key=lambda result: result.index)
     assert [result.ok for result in results] == [False] * (len(WRONG) + 2) + [True]
-    assert results[0].error is not None
-    assert "'messages' can't be written as JSON: half a surrogate" in results[0].error.message
+    said = [result.error.message for result in results if result.error is not None]
+    assert "'messages[0].content' is '\\ud83d': holds half a surrogate pair" in said[0]
+    assert "can't be written as JSON: half a surrogate pair" in said[len(WRONG)]
 
 
 @pytest.mark.parametrize("depth", [100, 149, 150, 190, 200, 254, 260])

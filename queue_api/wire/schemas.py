@@ -435,6 +435,7 @@ _LIMITS = {
     "less_than": "must be less than {lt}",
     "string_too_long": "must have at most {max_length} characters",
     "too_long": "must have at most {max_length} items",
+    "string_unicode": "holds half a surrogate pair, as a text that was cut within an emoji does",
 }
 
 
