@@ -263,7 +263,10 @@ def _content_hash(folder: Path, weight_map: dict[str, str]) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     small = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
     for path in sorted(small - {folder / "config.json", folder / INDEX_FILE}):
-        digest.update(f"{path.name}:".encode() + path.read_bytes())
+        try:
+            digest.update(f"{path.name}:".encode() + path.read_bytes())
+        except OSError as error:  # a folder in its place, or no right to read it
+            raise ModelNotFoundError(f"{path} can't be read ({brief(error)})") from error
     for name in sorted(set(weight_map.values())):
         path = folder / name
         if not path.exists():
