@@ -21,7 +21,7 @@ from workers.claim.heartbeat import Keeper
 from workers.claim.intake import Intake
 from workers.leases import Leases
 from workers.maintenance import Maintenance
-from workers.patience import ReplicaPatience, patiently, raise_if_fatal
+from workers.patience import ReplicaPatience, end, patiently, raise_if_fatal
 from workers.rq_side.commands import listen_for_commands
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.rare_ends import RareEnds, RQThread
@@ -132,9 +132,7 @@ class Service:
         await asyncio.wait([claiming], timeout=GOODBYE_S)
         claiming.cancel()
         await self._drain()
-        for task in services:
-            task.cancel()
-        await asyncio.gather(claiming, *services, return_exceptions=True)
+        await end([claiming, *services])
         await doorbell.close()
         await self._within_goodbye(self._engine_loop.stop())
         self._rq_thread.close()

@@ -23,6 +23,7 @@ def server() -> Iterator[EmbeddedRedis]:
 @pytest.fixture
 def connection(server: EmbeddedRedis) -> Iterator[redis.Redis]:
     client = connect(server.url)
+    client.config_set("maxmemory", 0)  # whatever a test that failed has left
     client.flushall()
     yield client
     client.close()

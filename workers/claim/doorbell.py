@@ -14,6 +14,7 @@ from typing import Any
 import redis.asyncio as aredis
 
 from queue_api.connection.failures import REDIS_ERRORS
+from workers.patience import end
 
 __all__ = ["Doorbell"]
 
@@ -56,9 +57,7 @@ class Doorbell:
         self._rung.set()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
     async def _listen(self, key: str, armed: asyncio.Event) -> None:
         block_s: Any = self._block_s  # redis-py's hints know whole seconds alone
