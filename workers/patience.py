@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from queue_api.connection.failures import (
     DEMOTED,
@@ -18,14 +18,13 @@ from queue_api.connection.failures import (
     is_passing,
 )
 
-__all__ = ["OUTAGE_S", "ReplicaPatience", "end", "patiently", "raise_if_fatal"]
+__all__ = ["OUTAGE_S", "ReplicaPatience", "patiently", "raise_if_fatal"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 OUTAGE_S = 1.0
-CANCEL_AGAIN_S = 0.1
 REPLICA_PATIENCE_S = 60.0
 """How long an address may lead to a replica: so long a failover and its news in DNS may take."""
 
@@ -68,18 +67,3 @@ class ReplicaPatience:
     def forget(self) -> None:
         """It took a write."""
         self._since = None
-
-
-async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks until they have ended; what they raise is theirs.
-
-    Once isn't enough: redis-py sends with asyncio.wait_for, and that of Python 3.11 loses a
-    cancellation that comes just as a command has been sent.
-    """
-    given = list(tasks)
-    pending = {task for task in given if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
-    await asyncio.gather(*given, return_exceptions=True)

@@ -13,6 +13,7 @@ from rq.worker.base import BaseWorker
 
 from queue_api.connection.connect import LONGEST_BLOCK_S, connect_async
 from queue_api.connection.failures import REDIS_ERRORS
+from queue_api.connection.tasks import end
 from queue_api.store.keys import strays_key
 from queue_api.store.scripts import Scripts
 from queue_api.wire.errors import RedisAccessError
@@ -21,7 +22,7 @@ from workers.claim.heartbeat import Keeper
 from workers.claim.intake import Intake
 from workers.leases import Leases
 from workers.maintenance import Maintenance
-from workers.patience import ReplicaPatience, end, patiently, raise_if_fatal
+from workers.patience import ReplicaPatience, patiently, raise_if_fatal
 from workers.rq_side.commands import listen_for_commands
 from workers.rq_side.handlers import RQHandlers
 from workers.rq_side.rare_ends import RareEnds, RQThread

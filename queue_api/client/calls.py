@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from queue_api.client.reader import ResultReader, Subscription
+from queue_api.connection.tasks import end
 from queue_api.store.cancel import cancel_requests
 from queue_api.store.enqueue import QUEUE_FULL
 from queue_api.store.jobs import chunk_job_id, request_json, too_large
@@ -96,9 +97,7 @@ class Interactive:
     async def close(self) -> None:
         """After `stop`, take back what is on the queue and forget the run."""
         tasks = [*self._background, *([self._receiver] if self._receiver else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
         if self._is_open:
             with contextlib.suppress(BatchmillError, TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):

@@ -16,6 +16,7 @@ from queue_api.connection.failures import (
     friendly,
     is_passing,
 )
+from queue_api.connection.tasks import end
 from queue_api.store.keys import RunKeys, wake_key
 from queue_api.store.run_store import (
     FIRST_PAUSE_S,
@@ -37,7 +38,6 @@ MOST_UNREAD = 4000
 WAKE_TTL_S = 60
 UNHEARD_BLOCK_S = 1.0
 """The longest that a read waits while it can't be woken."""
-CANCEL_AGAIN_S = 0.1
 
 
 class Subscription:
@@ -180,10 +180,8 @@ class ResultReader:
         self._is_closed = True
         task, self._task = self._task, None
         self._fail_all(ClientClosedError("the client was closed while results were waited for"))
-        while task is not None and not task.done():
-            task.cancel()
-            # more than once: see `cancellations`
-            await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+        if task is not None:
+            await end([task])
 
     async def _read_on(self) -> None:
         pause_s = FIRST_PAUSE_S

@@ -14,7 +14,7 @@ from typing import Any
 import redis.asyncio as aredis
 
 from queue_api.connection.failures import REDIS_ERRORS
-from workers.patience import end
+from queue_api.connection.tasks import end
 
 __all__ = ["Doorbell"]
 
