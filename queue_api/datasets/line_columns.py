@@ -12,6 +12,7 @@ from typing import Any
 
 from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import InvalidRequestError
+from queue_api.wire.schemas import HALF_PAIR
 
 __all__ = ["MAX_COLUMN_DEPTH", "ColumnReader", "LineColumns", "RawJson"]
 
@@ -19,7 +20,6 @@ MAX_COLUMN_DEPTH = 128
 """Levels: what reads JSON has limits of its own, from 200 on."""
 EXACT_DIGITS = 15
 """Decimals of so many characters come back from a float as they were."""
-HALF_PAIR = "half a surrogate pair (as in a text that was cut within an emoji)"
 _MAY_BE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},:]|[^\s"\[\]{},:]+', re.DOTALL)
 

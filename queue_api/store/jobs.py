@@ -24,7 +24,7 @@ from rq.job import Job
 from queue_api.store.runs import is_run_id
 from queue_api.wire.errors import BatchmillError, InvalidRequestError, RequestTooLargeError
 from queue_api.wire.sampling import SAMPLING_FIELDS
-from queue_api.wire.schemas import MOST_FIELDS, GenerationRequest
+from queue_api.wire.schemas import HALF_PAIR, MOST_FIELDS, GenerationRequest
 
 __all__ = [
     "GENERATE",
@@ -181,7 +181,7 @@ def _unwritable(request: GenerationRequest, error: Exception) -> InvalidRequestE
             field = f"'{name}'"
             break
     if "utf-8" in reason or "surrogates" in reason:
-        reason = "half a surrogate pair, as in a text that was cut within an emoji"
+        reason = HALF_PAIR
     return InvalidRequestError(f"{field} can't be written as JSON: {reason}")
 
 

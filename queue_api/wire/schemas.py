@@ -32,6 +32,7 @@ from queue_api.wire.sampling import WIRE, SamplingParams, SharedSamplingParams, 
 from queue_api.wire.structured_outputs import StructuredOutputs, parsed
 
 __all__ = [
+    "HALF_PAIR",
     "ChatMessage",
     "CompletionOutput",
     "ErrorDetail",
@@ -424,6 +425,9 @@ class _ShortRepr(Repr):
             return f"a number of more than {MAX_DIGITS} digits"
 
 
+HALF_PAIR = "half a surrogate pair, as in a text that was cut within an emoji"
+"""What Python's strings can hold, and neither UTF-8 nor JSON can."""
+
 _SHORT = _ShortRepr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _TYPES = frozenset({"str", "int", "float", "bool", "list", "dict"})
@@ -435,7 +439,7 @@ _LIMITS = {
     "less_than": "must be less than {lt}",
     "string_too_long": "must have at most {max_length} characters",
     "too_long": "must have at most {max_length} items",
-    "string_unicode": "holds half a surrogate pair, as a text that was cut within an emoji does",
+    "string_unicode": f"holds {HALF_PAIR}",
 }
 
 
