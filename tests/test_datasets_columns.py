@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from queue_api.client.client import Client
-from queue_api.datasets.columns import Row, RowParser, check_fields, dump_row, output_row
-from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES, count_lines, read_lines
-from queue_api.datasets.line_columns import MAX_COLUMN_DEPTH, ColumnReader
-from queue_api.datasets.source import RowSource
+from queue_api.datasets.columns import Row, RowParser, check_fields, output_row
+from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.formats.json_record import MAX_COLUMN_DEPTH, JsonRecordReader, dump_row
+from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import (
     ConfigurationError,
     DatasetError,
@@ -38,7 +40,8 @@ def parse(*lines: str | bytes, **options: Any) -> list[Row]:
     options.setdefault("warn", lambda _: None)
     parser = RowParser(**options)
     raw = [line.encode() if isinstance(line, str) else line for line in lines]
-    return [parser.parse(number, line) for number, line in enumerate(raw, 1)]
+    reader = JsonRecordReader()
+    return [parser.parse(reader.read(line, number)) for number, line in enumerate(raw, 1)]
 
 
 def line_of(row: Row) -> bytes:
@@ -143,7 +146,7 @@ def test_a_column_of_any_depth_comes_back_or_its_row_is_wrong(
 @settings(deadline=None, max_examples=200)
 @given(st.text(alphabet='{}[]",:\\u d83 1eNa.-\n', max_size=60))
 def test_no_line_is_too_odd(line: str) -> None:
-    found = ColumnReader().read(line.encode())
+    found = JsonRecordReader().read(line.encode())
     try:
         value = json.loads(line)
     except ValueError:
@@ -296,13 +299,21 @@ def test_encodings_and_line_ends_are_known(tmp_path: Path, end: str, encoding: s
     for written in (content, content.removesuffix(end.encode(encoding.removesuffix("-sig")))):
         path.write_bytes(written)
         assert prompts_of(path) == ["é 0", "é 1", "é 2"]
-        assert count_lines(path) == 3
+        assert num_rows(path) == 3
+
+
+def num_rows(path: Path) -> int | None:
+    with contextlib.closing(open_source(path)) as source:
+        return source.count()
 
 
 def prompts_of(path: Path) -> list[str]:
     async def main() -> list[str]:
-        parser = RowParser(warn=lambda _: None)
-        rows = [parser.parse(number, line) async for number, line in read_lines(path)]
+        data = DatasetInput(path)
+        try:
+            rows = [row async for row in data.rows(RowParser(warn=lambda _: None))]
+        finally:
+            await data.close()
         return [
             str(row.request.prompt) if isinstance(row.request, GenerationRequest) else "wrong"
             for row in rows
@@ -325,13 +336,13 @@ def test_a_broken_end_of_utf16_is_one_wrong_row(tmp_path: Path) -> None:
 
 def look(path: Path, **options: Any) -> str:
     async def main() -> str:
-        source = RowSource(path)
+        data = DatasetInput(path)
         try:
-            await source.look(**options)
+            await data.look(**options)
         except DatasetError as error:
             return str(error)
         finally:
-            source.close()
+            await data.close()
         return ""
 
     return asyncio.run(main())
@@ -392,7 +403,7 @@ def test_an_endless_line_is_counted_in_little_memory(tmp_path: Path) -> None:
         file.write(b"\n{}\n")
     tracemalloc.start()
     try:
-        assert count_lines(path) == 2
+        assert num_rows(path) == 2
         assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
     finally:
         tracemalloc.stop()

@@ -26,8 +26,10 @@ from rq.job import JobStatus
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.columns import RowParser
-from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.maker import Maker
+from queue_api.datasets.formats.json_record import JsonRecordReader
+from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
+from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.row_sink import MadeRow
 from queue_api.datasets.run import run_dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.store.keys import RunKeys
@@ -296,8 +298,8 @@ def folder() -> Iterator[Path]:
 
 
 def _drop_rows(path: Path) -> None:
-    writer = RowWriter(path)
-    writer.drop(lambda row: row % 2 == 0)
+    sink = JsonLinesSink(path)
+    sink.drop(lambda row: row % 2 == 0)
     os._exit(0)
 
 
@@ -316,19 +318,19 @@ def test_a_kill_while_rows_are_taken_out_leaves_all_or_the_rest(folder: Path, se
     found = [row["row"] for row in rows_of(path)]
     assert found in (list(range(4000)), list(range(1, 4000, 2)))
     assert path.stat().st_mode & 0o777 == 0o640
-    RowWriter(path).close()
+    JsonLinesSink(path).close()
     assert [entry.name for entry in folder.iterdir()] == ["out.jsonl"]
 
 
 def test_rows_are_taken_out_of_the_file_that_a_link_names(folder: Path) -> None:
     write(folder / "real.jsonl", [{"id": "0", "row": 0}, {"id": "1", "row": 1}])
     (folder / "out.jsonl").symlink_to("real.jsonl")
-    writer = RowWriter(folder / "out.jsonl")
-    writer.drop(lambda row: row == 0)
+    sink = JsonLinesSink(folder / "out.jsonl")
+    sink.drop(lambda row: row == 0)
     with pytest.raises(DatasetError, match="another process is writing"):
-        RowWriter(folder / "real.jsonl")
-    writer.append([(5, "f", b'{"id": "5", "row": 5}\n')])
-    writer.close()
+        JsonLinesSink(folder / "real.jsonl")
+    sink.append([MadeRow(5, "f", {"id": "5", "row": 5})])
+    sink.close()
     assert (folder / "out.jsonl").is_symlink()
     assert [row["row"] for row in rows_of(folder / "real.jsonl")] == [1, 5]
 
@@ -342,11 +344,13 @@ def test_a_fingerprint_is_of_the_columns_and_not_of_how_they_are_written(
     draw.shuffle(names)
     shuffled = {name: columns[name] for name in names}
     parser = RowParser(SamplingParams(max_tokens=3), warn=lambda _: None)
-    one = parser.fingerprint(json.dumps(columns).encode())
-    assert parser.fingerprint(json.dumps(shuffled, indent=1, ensure_ascii=False).encode()) == one
+    reader = JsonRecordReader()
+    one = parser.fingerprint(reader.read(json.dumps(columns).encode()))
+    again = reader.read(json.dumps(shuffled, indent=1, ensure_ascii=False).encode())
+    assert parser.fingerprint(again) == one
     changed = {**columns, "prompt": "else"}
     if changed != columns:
-        assert parser.fingerprint(json.dumps(changed).encode()) != one
+        assert parser.fingerprint(reader.read(json.dumps(changed).encode())) != one
 
 
 def test_defaults_that_cannot_travel_are_told_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import tempfile
@@ -13,9 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_api.datasets.columns import OUTPUT_COLUMNS, Row, RowParser, dump_row, output_row
-from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES, count_lines, read_lines
+from queue_api.datasets.columns import OUTPUT_COLUMNS, Row, RowParser, output_row
+from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.formats.json_record import JsonRecordReader, dump_row
+from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
+from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.formats.row_sink import MadeRow
+from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import DatasetError, InvalidRequestError, RequestError
 from queue_api.wire.schemas import (
     GenerationRequest,
@@ -38,7 +43,8 @@ JSON_VALUES = st.recursive(
 def parse(*lines: str | bytes, **options: Any) -> list[Row]:
     parser = RowParser(**options)
     raw = [line.encode() if isinstance(line, str) else line for line in lines]
-    return [parser.parse(number, line) for number, line in enumerate(raw, 1)]
+    reader = JsonRecordReader()
+    return [parser.parse(reader.read(line, number)) for number, line in enumerate(raw, 1)]
 
 
 def written(row: Row, text: str = "") -> dict[str, Any]:
@@ -163,14 +169,12 @@ def test_columns_travel_as_metadata_when_the_reader_lacks_the_input() -> None:
 
 
 def lines_of(content: bytes) -> list[tuple[int, bytes | None]]:
-    async def main(path: str) -> list[tuple[int, bytes | None]]:
-        return [item async for item in read_lines(path)]
-
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        found = asyncio.run(main(file.name))
-        assert count_lines(file.name) == len(found)
+        with contextlib.closing(open_source(file.name)) as source:
+            found = [(record.number, record.raw) for record in source.records()]
+            assert source.count() == len(found)
         return found
 
 
@@ -195,17 +199,40 @@ def test_a_byte_order_mark_is_dropped_and_an_endless_line_is_read_past() -> None
 def test_a_pipe_is_read_as_it_fills() -> None:
     async def main() -> None:
         reading, writing = os.pipe()
-        lines = read_lines(f"/dev/fd/{reading}")
+        data = DatasetInput(f"/dev/fd/{reading}")
+        records = data.records()
         os.write(writing, b"one\ntw")
-        assert await anext(lines) == (1, b"one")
-        second = asyncio.ensure_future(anext(lines))
+        assert (await anext(records)).raw == b"one"
+        second = asyncio.ensure_future(anext(records))
         os.write(writing, b"o\n")
-        assert await second == (2, b"two")
+        assert (await second).raw == b"two"
         os.close(writing)
-        assert await anext(lines, None) is None
+        assert await anext(records, None) is None
+        await data.close()
         os.close(reading)
 
     asyncio.run(main())
+
+
+def test_a_pipe_that_brings_nothing_more_can_be_let_go_of() -> None:
+    async def main() -> None:
+        reading, writing = os.pipe()
+        data = DatasetInput(f"/dev/fd/{reading}")
+        os.write(writing, b"one\n")
+        records = data.records()
+        assert (await anext(records)).raw == b"one"
+        waiting = asyncio.ensure_future(anext(records))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await data.close()
+        os.close(writing)
+        os.close(reading)
+
+    asyncio.run(main())
+
+
+def made(row: int) -> MadeRow:
+    return MadeRow(row, str(row), {"row": row, "id": row})
 
 
 ROWS = st.lists(st.lists(st.integers(0, 9), max_size=4, unique=True), max_size=6)
@@ -220,19 +247,18 @@ def test_after_any_crash_each_row_is_in_the_file_once(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.jsonl"
         for number, batch in enumerate(batches):
-            writer = RowWriter(path)
+            sink = JsonLinesSink(path)
             before = path.stat().st_size
-            lines = [(row, str(row), dump_row({"row": row, "id": row})) for row in batch]
-            writer.append([line for line in lines if line[0] not in writer])
-            writer.close()
+            sink.append([made(row) for row in batch if row not in sink])
+            sink.close()
             if number < len(crashes):
                 size = path.stat().st_size
                 os.truncate(path, max(before, size - crashes[number]))
-        writer = RowWriter(path)
+        sink = JsonLinesSink(path)
         wanted = {row for batch in batches for row in batch}
-        missing = [row for row in wanted if row not in writer]
-        writer.append([(row, str(row), dump_row({"row": row, "id": row})) for row in missing])
-        writer.close()
+        missing = [row for row in wanted if row not in sink]
+        sink.append([made(row) for row in missing])
+        sink.close()
         found = [json.loads(line)["row"] for line in path.read_text().splitlines()]
         assert sorted(found) == sorted(wanted)
 
@@ -244,19 +270,19 @@ def test_a_file_of_others_is_never_cut(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(DatasetError, match=r"line 1 of .* isn't a row that batchmill wrote"):
-        RowWriter(path)
+        JsonLinesSink(path)
     assert path.read_text() == content
 
 
-def test_two_writers_of_a_file_exclude_each_other(tmp_path: Path) -> None:
-    first = RowWriter(tmp_path / "out.jsonl")
+def test_two_sinks_of_a_file_exclude_each_other(tmp_path: Path) -> None:
+    first = JsonLinesSink(tmp_path / "out.jsonl")
     with pytest.raises(DatasetError, match="another process is writing"):
-        RowWriter(tmp_path / "out.jsonl")
+        JsonLinesSink(tmp_path / "out.jsonl")
     first.close()
-    RowWriter(tmp_path / "out.jsonl").close()
+    JsonLinesSink(tmp_path / "out.jsonl").close()
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "out.jsonl", tmp_path):
         with pytest.raises(DatasetError, match="can't write"):
-            RowWriter(path)
+            JsonLinesSink(path)

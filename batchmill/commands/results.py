@@ -10,9 +10,10 @@ import typer
 from batchmill.commands.options import RedisUrl, RunArgument, open_client, run_async
 from batchmill.commands.status import total_of
 from queue_api.client.run import Run
-from queue_api.datasets.columns import dump_row, output_row
+from queue_api.datasets.columns import output_row
 from queue_api.datasets.fingerprint import result_fingerprint
-from queue_api.datasets.formats.jsonl import RowWriter
+from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import DatasetError, RowsFailedError, RunIncompleteError
 
@@ -38,14 +39,14 @@ def results(
         async with open_client(redis_url) as client:
             handle = client.run(run)
             mark = (await handle.status()).fingerprint
-            writer = RowWriter(output)
+            sink = open_sink(output)
             is_done = False
             try:
-                await _write_results(handle, mark, writer, follow=follow)
+                await _write_results(handle, mark, sink, follow=follow)
                 is_done = True
             finally:
-                writer.close(keep_empty=is_done)
-            return writer.rows, await handle.status()
+                sink.close(keep_empty=is_done)
+            return sink.rows, await handle.status()
 
     written, status = run_async(work())
     if not status.complete:
@@ -61,19 +62,19 @@ def results(
         raise RowsFailedError(f"all {status.done} requests of run {run!r} ended with an error")
 
 
-async def _write_results(run: Run, mark: str, writer: RowWriter, *, follow: bool) -> None:
-    for index in range(writer.end):
-        if writer.has_other(index, result_fingerprint(run.id, mark, index)):
+async def _write_results(run: Run, mark: str, sink: RowSink, *, follow: bool) -> None:
+    for index in range(sink.end):
+        if sink.has_other(index, result_fingerprint(run.id, mark, index)):
             raise DatasetError(
                 f"the output belongs to another run than {run.id!r}: its row {index} wasn't made "
                 "there; choose another file"
             )
     async with aclosing(run.batches(follow=follow, whole=False)) as batches:
         async for batch in batches:
-            lines = []
+            rows = []
             for result in batch:
                 made_of = result_fingerprint(run.id, mark, result.index)
-                if result.index not in writer:
+                if result.index not in sink:
                     row = output_row(result.metadata, result, made_of)
-                    lines.append((result.index, made_of, dump_row(row)))
-            writer.append(lines)
+                    rows.append(MadeRow(result.index, made_of, row))
+            sink.append(rows)

@@ -23,8 +23,8 @@ from batchmill.commands.options import (
 )
 from queue_api.client.submission import RequestLike
 from queue_api.datasets.columns import RowParser
+from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.run import run_id_of
-from queue_api.datasets.source import RowSource
 from queue_api.wire.errors import RequestError
 from queue_api.wire.schemas import GenerationResult, SamplingParams
 
@@ -52,25 +52,27 @@ def submit(
     names = fields_of(fields, row_sampling=row_sampling)
 
     async def work() -> str:
-        source = RowSource(input)
+        data = DatasetInput(input)
         try:
-            await source.look(sampling, names)
-            parser = RowParser(sampling, keep_columns=True, warn=tell, fields=names)
-            name = run or run_id_of(source, "-", sampling)
+            await data.look(sampling, names)
+            parser = RowParser(
+                sampling, keep_columns=True, warn=tell, fields=names, place=data.source.place
+            )
+            name = run or run_id_of(data.source, "-", sampling)
             async with open_client(redis_url, queue) as client:
-                async with aclosing(_requests(source, parser)) as requests:
+                async with aclosing(_requests(data, parser)) as requests:
                     submitted = await client.submit(requests, name, chunk_size=chunk_size)
                 status = await submitted.status()
         finally:
-            source.close()
+            await data.close()
         tell(f"{status.total} requests on queue {status.queue!r}, {status.done} of them done")
         return name
 
     typer.echo(run_async(work()))
 
 
-async def _requests(source: RowSource, parser: RowParser) -> AsyncGenerator[RequestLike, None]:
-    async with aclosing(source.rows(parser)) as rows:
+async def _requests(data: DatasetInput, parser: RowParser) -> AsyncGenerator[RequestLike, None]:
+    async with aclosing(data.rows(parser)) as rows:
         async for row in rows:
             if isinstance(row.request, RequestError):
                 kept = parser.kept(row.columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from queue_api.client.submission import as_request, default_id, request_id
 from queue_api.datasets.fingerprint import row_fingerprint, unread_fingerprint
 from queue_api.datasets.foreign_columns import ColumnNotices
-from queue_api.datasets.line_columns import ColumnReader, LineColumns, RawJson
+from queue_api.datasets.formats.record import RawJson, Record
 from queue_api.store.jobs import request_json
 from queue_api.wire.errors import (
     ConfigurationError,
@@ -28,7 +27,6 @@ __all__ = [
     "Row",
     "RowParser",
     "check_fields",
-    "dump_row",
     "output_row",
 ]
 
@@ -92,7 +90,7 @@ class Row:
 
 @dataclass
 class RowParser:
-    """Makes rows of JSON lines, in order; remembers the ids, which are unique in a dataset."""
+    """Makes rows of records, in order; remembers the ids, which are unique in a dataset."""
 
     defaults: SamplingParams | None = None
     keep_columns: bool = False
@@ -101,12 +99,13 @@ class RowParser:
     warn: Callable[[str], None] = logger.warning
     fields: frozenset[str] | None = None
     """The columns that are read as the request's; None: all with the name of a field."""
+    place: Callable[[int], str] = "line {}".format
+    """What to call the row of a record's number."""
     _index: int = 0
     _places: dict[str, int] = field(default_factory=dict)
-    """Line by id; negative for a default id, which an own one may have, too."""
+    """Number of the record by id; negative for a default id, which an own one may have, too."""
 
     def __post_init__(self) -> None:
-        self._reader = ColumnReader()
         self._has_numbers_as_ids = False
         self._taken = REQUEST_COLUMNS if self.fields is None else self.fields
         self._notices = ColumnNotices(
@@ -115,25 +114,20 @@ class RowParser:
         defaults = self.defaults or SamplingParams()
         self._options: dict[str, Any] = defaults.model_dump(mode="json", exclude_unset=True)
 
-    def parse(self, number: int, line: bytes | None) -> Row:
-        """The next row; `number` is its line's, for messages."""
+    def parse(self, found: Record) -> Row:
+        """The next row."""
         index, self._index = self._index, self._index + 1
-        found = self._reader.read(line)
-        mark = self._fingerprint(found, line)
+        mark = self.fingerprint(found)
         try:
             if found.error is not None:
                 raise found.error
-            request = self._request(found, index, number)
+            request = self._request(found, index)
             as_json = request_json(request)
         except RequestError as error:
-            error = type(error)(f"line {number}: {error}")
+            error = type(error)(f"{self.place(found.number)}: {error}")
             name = request_id(_with_text_id(found.read), index)
             return Row(index, self._shown(found), name, error, mark)
         return Row(index, self._shown(found), request.id, request, mark, as_json)
-
-    def fingerprint(self, line: bytes | None) -> str:
-        """That of the row which `parse` makes of the line, wherever it is."""
-        return self._fingerprint(self._reader.read(line), line)
 
     def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row's columns travels as metadata."""
@@ -143,15 +137,16 @@ class RowParser:
             if name not in self._taken
         }
 
-    def _fingerprint(self, found: LineColumns, line: bytes | None) -> str:
+    def fingerprint(self, found: Record) -> str:
+        """That of the row which `parse` makes of the record, wherever it is."""
         if found.error is not None:
-            return unread_fingerprint(line)
+            return unread_fingerprint(found.raw)
         own = own_names(self._fields(found.read))
         options = {name: value for name, value in self._options.items() if name not in own}
         taken = None if self.fields is None else self.fields & found.read.keys()
         return row_fingerprint(found.shown, options, taken)
 
-    def _shown(self, found: LineColumns) -> Mapping[str, Any]:
+    def _shown(self, found: Record) -> Mapping[str, Any]:
         """The columns to write. Where ids are numbers, a text for one without would make the
         column one of two types, which readers of tables refuse."""
         given = found.shown.get("id")
@@ -176,7 +171,7 @@ class RowParser:
             del fields["sampling"]  # a column of the user's
         return fields
 
-    def _request(self, found: LineColumns, index: int, number: int) -> GenerationRequest:
+    def _request(self, found: Record, index: int) -> GenerationRequest:
         fields = self._fields(found.read)
         self._notices.look(found.read, fields)
         if twice := sorted(found.ambiguous & fields.keys()):
@@ -184,7 +179,7 @@ class RowParser:
         given = found.read.get("id")
         if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
             raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
-        fields["id"] = self._id(given, index, number)
+        fields["id"] = self._id(given, index, found.number)
         if self.keep_columns:
             fields["metadata"] = self.kept(found.shown)
             if given is not None and given != fields["id"]:
@@ -201,7 +196,7 @@ class RowParser:
         first = self._places.get(name)
         if first is not None and first > 0:
             raise DuplicateRequestError(
-                f"id {name!r} is that of line {first} too; ids are unique within a run"
+                f"id {name!r} is that of {self.place(first)} too; ids are unique within a run"
             )
         self._places[name] = number
         if first is None:
@@ -276,24 +271,6 @@ def _unpacked(value: Any) -> Any:
     if isinstance(value, dict) and value.keys() == {RAW} and isinstance(value[RAW], str):
         return RawJson(value[RAW])
     return value
-
-
-def dump_row(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON with its end, in UTF-8."""
-    if any(isinstance(value, RawJson) for value in row.values()):
-        parts = (f"{_dumped(name)}: {_dumped(value)}" for name, value in row.items())
-        return ("{" + ", ".join(parts) + "}\n").encode()
-    try:
-        return _dumped(row).encode() + b"\n"
-    except UnicodeEncodeError:
-        # half a surrogate pair: JSON can say it, UTF-8 can't
-        return json.dumps(row).encode() + b"\n"
-
-
-def _dumped(value: Any) -> str:
-    if isinstance(value, RawJson):
-        return value
-    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
 def _with_text_id(columns: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from queue_api.client.chunk_writer import ChunkWriter
 from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
-from queue_api.datasets.columns import Row, RowParser, dump_row, output_row
-from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.maker import Maker
+from queue_api.datasets.columns import Row, RowParser, output_row
+from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.row_sink import MadeRow, RowSink
+from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.resume import no_such_row, other_model, other_row
-from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import Entry, if_possible, parse_result
-from queue_api.wire.errors import RequestError, RowsFailedError
+from queue_api.wire.errors import DatasetError, RequestError, RowsFailedError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
 __all__ = ["DatasetRun", "OpenedRun"]
@@ -61,9 +62,9 @@ class DatasetRun:
         self,
         client: Client,
         opened: OpenedRun,
-        writer: RowWriter,
+        sink: RowSink,
         *,
-        source: RowSource,
+        data: DatasetInput,
         parser: RowParser,
         window: int,
         max_error_rate: float | None,
@@ -73,14 +74,14 @@ class DatasetRun:
         self._store = client.store
         self._reader = client.reader
         self._opened = opened
-        self._source = source
-        self._writer = writer
+        self._input = data
+        self._sink = sink
         self._parser = parser
         self._window = max(window, opened.chunk_size)
         self._max_error_rate = max_error_rate
-        self._makers = writer.makers
+        self._makers = sink.makers
         """Models that made rows of the output."""
-        self._allowed = {*makers, *writer.makers}
+        self._allowed = {*makers, *sink.makers}
         self._listener = listener
         self._chunks = ChunkWriter(
             self._store,
@@ -110,8 +111,8 @@ class DatasetRun:
 
     async def run(self) -> RunSummary:
         """Until every row is written."""
-        self.summary.resumed = self._writer.rows
-        self.summary.errors_before = self._writer.errors
+        self.summary.resumed = self._sink.rows
+        self.summary.errors_before = self._sink.errors
         subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -132,18 +133,17 @@ class DatasetRun:
         return self.summary
 
     async def _count(self) -> None:
-        if self._source.is_file:
-            self._counted = await asyncio.to_thread(_count_rows, self._source)
+        self._counted = await asyncio.to_thread(_count_rows, self._input.source)
 
     async def _feed(self, subscription: Subscription) -> None:
         total = 0
-        async with aclosing(self._source.lines()) as lines:
-            async for number, line in lines:
-                row = self._parser.parse(number, line)
+        async with aclosing(self._input.records()) as records:
+            async for record in records:
+                row = self._parser.parse(record)
                 total = row.index + 1
-                if row.index in self._writer:
-                    if self._writer.has_other(row.index, row.fingerprint):
-                        raise other_row(self._writer, row.index, line)
+                if row.index in self._sink:
+                    if self._sink.has_other(row.index, row.fingerprint):
+                        raise other_row(self._sink, row.index, record)
                     self._chunks.skip(row.index)
                 elif (raw := self._early.pop(row.index, None)) is not None:
                     self._chunks.skip(row.index)
@@ -159,8 +159,8 @@ class DatasetRun:
         subscription.poke()
 
     def _check_end(self, total: int) -> None:
-        for row in range(total, self._writer.end):
-            if row in self._writer:
+        for row in range(total, self._sink.end):
+            if row in self._sink:
                 raise no_such_row(row, total)
 
     async def _submit(self, row: Row) -> None:
@@ -196,7 +196,7 @@ class DatasetRun:
         lost = [
             index
             for index in range(first, (first // size + 1) * size)
-            if index in self._opened.done and index not in self._writer and index not in self._early
+            if index in self._opened.done and index not in self._sink and index not in self._early
         ]
         if lost:
             await self._store.reopen(self._opened.run, lost)
@@ -231,7 +231,7 @@ class DatasetRun:
         for _, index, raw in entries:
             if (row := self._pending.pop(index, None)) is not None:
                 answered.append((row, raw))
-            elif index not in self._writer and self._may_be_early(index):
+            elif index not in self._sink and self._may_be_early(index):
                 self._early[index] = raw
         return answered
 
@@ -240,14 +240,14 @@ class DatasetRun:
         return self._total is None and index < self._opened.submitted + self._window
 
     async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
-        lines = []
+        rows = []
         for row, raw in answered:
             result = parse_result(self._opened.run, row.index, raw)
             self._check_maker(result)
             self.summary.add(result)
             made = output_row(row.columns, result, row.fingerprint)
-            lines.append((row.index, row.fingerprint, dump_row(made)))
-        await asyncio.to_thread(self._writer.append, lines)
+            rows.append(MadeRow(row.index, row.fingerprint, made))
+        await asyncio.to_thread(self._sink.append, rows)
         self._tell()
         self._check_errors()
 
@@ -277,7 +277,7 @@ class DatasetRun:
         self._told_at = now
         self._listener(
             Progress(
-                done=self._writer.rows,
+                done=self._sink.rows,
                 total=self._total if self._total is not None else self._counted,
                 errors=self.summary.errors,
                 completion_tokens=self.summary.completion_tokens,
@@ -300,6 +300,6 @@ class DatasetRun:
 def _count_rows(source: RowSource) -> int | None:
     """How many rows there will be; None if it can't be read, which its reader will say."""
     try:
-        return sum(1 for _ in source.lines_again())
-    except OSError:
+        return source.count()
+    except DatasetError:
         return None

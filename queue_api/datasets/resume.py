@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from queue_api.datasets.columns import OUTPUT_COLUMNS, RowParser
-from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.formats.jsonl_lines import Line
-from queue_api.datasets.line_columns import ColumnReader
-from queue_api.datasets.maker import Maker
+from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.store.bitmap import Bitmap
 from queue_api.wire.errors import DatasetError
 
@@ -18,7 +17,7 @@ WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose an
 
 
 def changed_rows(
-    lines: Iterable[Line], parser: RowParser, writer: RowWriter, *, redo: bool
+    records: Iterable[Record], parser: RowParser, sink: RowSink, *, redo: bool
 ) -> Bitmap:
     """The rows of the output that the input, as it is now, wouldn't make; reads all of it.
 
@@ -27,35 +26,35 @@ def changed_rows(
     :raises DatasetError: there are others and they aren't to be made again
     """
     changed, index = Bitmap(), 0
-    for _, line in lines:
-        if index >= writer.end:
+    for record in records:
+        if index >= sink.end:
             return changed
-        if writer.has_other(index, parser.fingerprint(line)):
-            if not redo and not writer.has_error(index):
-                raise other_row(writer, index, line)
+        if sink.has_other(index, parser.fingerprint(record)):
+            if not redo and not sink.has_error(index):
+                raise other_row(sink, index, record)
             changed.add(index)
         index += 1
-    for row in range(index, writer.end):
-        if row in writer:
-            if not redo and not writer.has_error(row):
+    for row in range(index, sink.end):
+        if row in sink:
+            if not redo and not sink.has_error(row):
                 raise no_such_row(row, index)
             changed.add(row)
     return changed
 
 
-def other_row(writer: RowWriter, index: int, line: bytes | None) -> DatasetError:
+def other_row(sink: RowSink, index: int, record: Record) -> DatasetError:
     """What to say of a row of the output that was made of something else."""
-    written = writer.find(index)
+    written = sink.find(index)
     if written is None or not written.fingerprint:
         what = "doesn't say what it was made of (it has no 'fingerprint')"
     else:
-        what = _difference(ColumnReader().read(line).shown, written.columns)
+        what = _difference(record.shown, written.columns)
     return DatasetError(
         f"the output belongs to another input or other options: its row {index} {what}; {WAYS_OUT}"
     )
 
 
-def _difference(columns: dict[str, object], written: dict[str, object]) -> str:
+def _difference(columns: Mapping[str, object], written: Mapping[str, object]) -> str:
     of_input = (name for name in written if name not in OUTPUT_COLUMNS and name not in columns)
     for name in [*columns, *of_input]:
         was, now = written.get(name), columns.get(name)
@@ -78,17 +77,17 @@ def no_such_row(row: int, total: int) -> DatasetError:
     )
 
 
-def check_makers(writer: RowWriter, now: Collection[Maker], *, redo: bool) -> set[int]:
+def check_makers(sink: RowSink, now: Collection[Maker], *, redo: bool) -> set[int]:
     """The rows of the output that other models made than the workers have now.
 
     :param now: those of the workers; empty if none is there
     :raises DatasetError: there are such rows and they aren't to be made again
     """
-    others = writer.makers - set(now) if now else set()
+    others = sink.makers - set(now) if now else set()
     if not others:
         return set()
     if redo:
-        return {row for row in range(writer.end) if row in writer and writer.maker(row) in others}
+        return {row for row in range(sink.end) if row in sink and sink.maker(row) in others}
     raise other_model(others, now)
 
 

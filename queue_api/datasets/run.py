@@ -15,11 +15,13 @@ from uuid import uuid4
 
 from queue_api.client.client import Client
 from queue_api.datasets.columns import RowParser, check_fields
+from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.feed import DatasetRun, OpenedRun
-from queue_api.datasets.formats.jsonl import RowWriter
-from queue_api.datasets.maker import Maker
+from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.opening import open_sink, open_source
+from queue_api.datasets.formats.row_sink import RowSink
+from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.resume import changed_rows, check_makers
-from queue_api.datasets.source import RowSource
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.jobs import request_json
@@ -46,8 +48,8 @@ DEFAULT_WINDOW = 8192
 class Dataset:
     """An input and an output that were looked at and fit together."""
 
-    source: RowSource
-    writer: RowWriter
+    data: DatasetInput
+    sink: RowSink
     run_id: str
     mark: str
     """Tells the run from others of its name."""
@@ -77,9 +79,9 @@ class Dataset:
         work = DatasetRun(
             client,
             opened,
-            self.writer,
-            source=self.source,
-            parser=RowParser(self.defaults, warn=self.warn, fields=self.fields),
+            self.sink,
+            data=self.data,
+            parser=self.parser(self.warn),
             window=window,
             max_error_rate=max_error_rate,
             makers=makers,
@@ -87,9 +89,14 @@ class Dataset:
         )
         return await work.run()
 
+    def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
+        """Of the input's rows, from the first."""
+        place = self.data.source.place
+        return RowParser(self.defaults, warn=warn, fields=self.fields, place=place)
+
     async def _drop_other_models(self, now: Collection[Maker]) -> None:
-        if rows := check_makers(self.writer, now, redo=self.redo_changed):
-            await asyncio.to_thread(self.writer.drop, rows.__contains__)
+        if rows := check_makers(self.sink, now, redo=self.redo_changed):
+            await asyncio.to_thread(self.sink.drop, rows.__contains__)
 
 
 @asynccontextmanager
@@ -114,13 +121,14 @@ async def open_dataset(
     """
     names = None if fields is None else check_fields(fields)
     _check_defaults(defaults)
-    source = RowSource(input)
+    data = DatasetInput(input)
+    source = data.source
     try:
         _check_apart(source, output)
-        writer = RowWriter(output)
+        sink = open_sink(output)
         dataset = Dataset(
-            source,
-            writer,
+            data,
+            sink,
             check_run_id(run) if run is not None else run_id_of(source, output, defaults, model),
             _fingerprint(source, output, defaults, model),
             defaults,
@@ -129,18 +137,18 @@ async def open_dataset(
             redo_changed,
         )
         try:
-            if source.is_same_file(writer.info()):
+            if source.is_same_file(sink.info()):
                 raise DatasetError(f"{input} can't be both input and output")
             # scripts read the output whatever the run ended with: of a wrong input it is empty
             dataset.keeps_empty = True
-            await source.look(defaults, names)
+            await data.look(defaults, names)
             await _prepare(dataset, retry_errors=retry_errors)
             dataset.keeps_empty = False
             yield dataset
         finally:
-            writer.close(keep_empty=dataset.keeps_empty)
+            sink.close(keep_empty=dataset.keeps_empty)
     finally:
-        source.close()
+        await data.close()
 
 
 async def run_dataset(
@@ -206,7 +214,7 @@ def dataset_run_id(
 
     :raises DatasetError: the input can't be read
     """
-    source = RowSource(input)
+    source = open_source(input)
     try:
         return run_id_of(source, output, defaults)
     finally:
@@ -217,10 +225,10 @@ def run_id_of(
     source: RowSource, output: Path | str, defaults: SamplingParams | None, model: str = ""
 ) -> str:
     """The same of an input that is open."""
-    if source.path == "-":
+    if source.name == "-":
         return f"stdin-{uuid4().hex[:12]}"
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source.path).stem).strip("-_")[:40] or "rows"
-    if not source.is_file:
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source.name).stem).strip("-_")[:40] or "rows"
+    if not source.is_repeatable:
         return f"{name}-{uuid4().hex[:12]}"
     return f"{name}-{_fingerprint(source, output, defaults, model)[:12]}"
 
@@ -233,10 +241,8 @@ def _fingerprint(
     parts.append((defaults or SamplingParams()).model_dump_json(exclude_unset=True))
     if model:
         parts.append(model)
-    if source.path != "-" and source.is_file:
-        info = source.info
-        parts += [os.path.realpath(source.path), str(info.st_size), str(info.st_mtime_ns)]
-        parts.append(source.sample())
+    if source.name != "-":
+        parts += source.identity()
     return hashlib.blake2b("\0".join(parts).encode(errors="replace"), digest_size=16).hexdigest()
 
 
@@ -252,7 +258,7 @@ def _check_apart(source: RowSource, output: Path | str) -> None:
     except OSError:
         return
     if source.is_same_file(info):
-        raise DatasetError(f"{source.path} can't be both input and output")
+        raise DatasetError(f"{source.name} can't be both input and output")
 
 
 async def _models(client: Client, queue: str) -> Collection[Maker]:
@@ -268,26 +274,25 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
 
     :raises DatasetError: there are rows of something else, and they aren't to be made again
     """
-    source, writer = dataset.source, dataset.writer
-    if not writer.rows:
+    source, sink = dataset.data.source, dataset.sink
+    if not sink.rows:
         return
     unwanted = Bitmap()
-    if source.is_file:
-        parser = RowParser(dataset.defaults, fields=dataset.fields)
+    if source.is_repeatable:
         unwanted = await asyncio.to_thread(
-            changed_rows, source.lines_again(), parser, writer, redo=dataset.redo_changed
+            changed_rows, source.records(), dataset.parser(), sink, redo=dataset.redo_changed
         )
     elif dataset.redo_changed:
         raise DatasetError(
-            f"--redo-changed has to read the input twice, which {source.path} can't be: "
+            f"--redo-changed has to read the input twice, which {source.name} can't be: "
             "write it into a file first"
         )
     if retry_errors:
-        for row in range(writer.end):
-            if writer.has_error(row):
+        for row in range(sink.end):
+            if sink.has_error(row):
                 unwanted.add(row)
     if len(unwanted):
-        await asyncio.to_thread(writer.drop, unwanted.__contains__)
+        await asyncio.to_thread(sink.drop, unwanted.__contains__)
 
 
 async def _open(

@@ -1,31 +1,14 @@
-"""Lines of a file, a pipe or the standard input, in constant memory and without threads."""
+"""Lines of blocks of bytes, in bounded memory."""
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import json
-import os
-import sys
-from collections.abc import AsyncGenerator, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from queue_api.wire.errors import DatasetError
-
-__all__ = [
-    "MAX_LINE_BYTES",
-    "Line",
-    "LineSplitter",
-    "count_lines",
-    "file_blocks",
-    "file_lines",
-    "open_input",
-    "read_block",
-    "read_lines",
-]
+__all__ = ["MAX_LINE_BYTES", "Line", "LineSplitter", "lines_of"]
 
 MAX_LINE_BYTES = 16 * 2**20
-BLOCK_BYTES = 2**18
 
 Line = tuple[int, bytes | None]
 """(number from 1, UTF-8 without the line's end); None for one beyond MAX_LINE_BYTES."""
@@ -107,91 +90,9 @@ class LineSplitter:
         return found
 
 
-async def read_lines(path: Path | str) -> AsyncGenerator[Line, None]:
-    """Each line that isn't blank; `-` is stdin.
-
-    :raises DatasetError: the file can't be opened or read
-    """
-    fd = open_input(path)
-    try:
-        splitter = LineSplitter()
-        while block := await read_block(fd, path):
-            for line in splitter.feed(block):
-                yield line
-        for line in splitter.finish():
-            yield line
-    finally:
-        os.close(fd)
-
-
-def open_input(path: Path | str) -> int:
-    """A file descriptor to read from, ours to close; `-` is stdin.
-
-    :raises DatasetError: it can't be opened
-    """
-    try:
-        if path != "-":
-            return os.open(path, os.O_RDONLY)
-        if sys.stdin is None:
-            raise DatasetError("can't read the standard input: it is closed")
-        return os.dup(sys.stdin.fileno())
-    except OSError as error:
-        raise DatasetError(f"can't read {path}: {error.strerror or error}") from None
-
-
-async def read_block(fd: int, path: Path | str) -> bytes:
-    """What there is next, once there is something; empty at the end.
-
-    :raises DatasetError: it can't be read
-    """
-    await _until_readable(fd)
-    try:
-        return os.read(fd, BLOCK_BYTES)
-    except OSError as error:
-        raise DatasetError(f"can't read {path}: {error.strerror or error}") from None
-
-
-async def _until_readable(fd: int) -> None:
-    """Wait for a pipe or terminal to have something, leaving the loop to others meanwhile."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    try:
-        loop.add_reader(fd, ready.set)
-    except PermissionError:
-        # the kernel's word for a regular file, which is always readable
-        await asyncio.sleep(0)
-        return
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)
-
-
-def file_blocks(fd: int, start: int = 0) -> Iterator[bytes]:
-    """The blocks of a regular file from `start` on, without moving where others read it.
-
-    :raises OSError: the file can't be read
-    """
-    while block := os.pread(fd, BLOCK_BYTES, start):
-        start += len(block)
-        yield block
-
-
-def count_lines(path: Path | str) -> int:
-    """How many lines read_lines gives; for a thread, since it reads the whole file.
-
-    :raises OSError: the file can't be read
-    """
-    with Path(path).open("rb") as file:
-        return sum(1 for _ in file_lines(file.fileno()))
-
-
-def file_lines(fd: int, start: int = 0) -> Iterator[Line]:
-    """The lines of a regular file from `start` on.
-
-    :raises OSError: the file can't be read
-    """
+def lines_of(blocks: Iterable[bytes]) -> Iterator[Line]:
+    """Each line that isn't blank."""
     splitter = LineSplitter()
-    for block in file_blocks(fd, start):
+    for block in blocks:
         yield from splitter.feed(block)
     yield from splitter.finish()

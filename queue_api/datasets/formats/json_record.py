@@ -1,20 +1,20 @@
-"""A line of JSON to its columns: exactly as they were written, and each checked on its own."""
+"""A line of JSON to its columns, as they were written and each checked on its own; and back."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from queue_api.datasets.formats.jsonl_lines import MAX_LINE_BYTES
+from queue_api.datasets.formats.record import RawJson, Record
+from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import InvalidRequestError
 from queue_api.wire.schemas import HALF_PAIR
 
-__all__ = ["MAX_COLUMN_DEPTH", "ColumnReader", "LineColumns", "RawJson"]
+__all__ = ["MAX_COLUMN_DEPTH", "JsonRecordReader", "dump_row"]
 
 MAX_COLUMN_DEPTH = 128
 """Levels: what reads JSON has limits of its own, from 200 on."""
@@ -24,28 +24,7 @@ _MAY_BE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},:]|[^\s"\[\]{},:]+', re.DOTALL)
 
 
-class RawJson(str):
-    """A value as the line has it, where Python's would be another: a decimal of many digits, or an
-    object that has a key twice."""
-
-    __slots__ = ()
-
-
-@dataclass
-class LineColumns:
-    """What a line holds."""
-
-    shown: dict[str, Any] = field(default_factory=dict)
-    """The columns to write again; what can't be written isn't among them."""
-    read: dict[str, Any] = field(default_factory=dict)
-    """The same as Python reads them."""
-    ambiguous: frozenset[str] = frozenset()
-    """Columns with an object that has a key twice."""
-    error: InvalidRequestError | None = None
-    """Why the row can't be answered; the columns are those that are fine."""
-
-
-class ColumnReader:
+class JsonRecordReader:
     """Reads lines, one at a time."""
 
     def __init__(self) -> None:
@@ -59,10 +38,15 @@ class ColumnReader:
         self._twice = False
         self._wrong = ""
 
-    def read(self, line: bytes | None) -> LineColumns:
+    def read(self, line: bytes | None, number: int = 1) -> Record:
         """The line's columns; whatever is wrong stands in `error`."""
+        record = self._read(line)
+        record.number, record.raw = number, line
+        return record
+
+    def _read(self, line: bytes | None) -> Record:
         if line is None:
-            return LineColumns(error=InvalidRequestError(f"longer than {MAX_LINE_BYTES} bytes"))
+            return Record(error=InvalidRequestError(f"longer than {MAX_LINE_BYTES} bytes"))
         try:
             # within a file, a byte order mark is where another file was put behind it
             text = line.removeprefix(codecs.BOM_UTF8).decode()
@@ -70,23 +54,23 @@ class ColumnReader:
                 return self._one_by_one(text)
             columns = self._decode(text)
             if not isinstance(columns, dict):
-                return LineColumns(error=_no_object(text))
+                return Record(error=_no_object(text))
             if self._inexact or self._twice or self._wrong or _has_half_pair(text):
                 return self._one_by_one(text)
         except ValueError as error:
-            return LineColumns(error=InvalidRequestError(f"not JSON: {error}"))
-        return LineColumns(columns, columns)
+            return Record(error=InvalidRequestError(f"not JSON: {error}"))
+        return Record(shown=columns, read=columns)
 
     def _decode(self, text: str) -> Any:
         self._inexact = self._twice = False
         self._wrong = ""
         return self._decoder.decode(text)
 
-    def _one_by_one(self, text: str) -> LineColumns:
+    def _one_by_one(self, text: str) -> Record:
         """:raises ValueError: the line isn't JSON"""
         if not text.lstrip().startswith("{"):
-            return LineColumns(error=_no_object(text))
-        found, twice, wrong = LineColumns(), set[str](), list[str]()
+            return Record(error=_no_object(text))
+        found, twice, wrong = Record(), set[str](), list[str]()
         for name, raw in _parts(text):
             complaint = self._take(name, raw, found)
             if complaint:
@@ -98,7 +82,7 @@ class ColumnReader:
             found.error = InvalidRequestError(wrong[0])
         return found
 
-    def _take(self, name: str, raw: str, found: LineColumns) -> str:
+    def _take(self, name: str, raw: str, found: Record) -> str:
         """Add a column to those found; or say what is wrong with it."""
         if _is_half(name):
             return f"the column name {name!r:.80} has {HALF_PAIR}"
@@ -142,6 +126,24 @@ class ColumnReader:
 
     def _constant(self, name: str) -> None:
         self._wrong = self._wrong or f"{name} in column COLUMN isn't a number that JSON knows"
+
+
+def dump_row(row: Mapping[str, Any]) -> bytes:
+    """One line of JSON with its end, in UTF-8."""
+    if any(isinstance(value, RawJson) for value in row.values()):
+        parts = (f"{_dumped(name)}: {_dumped(value)}" for name, value in row.items())
+        return ("{" + ", ".join(parts) + "}\n").encode()
+    try:
+        return _dumped(row).encode() + b"\n"
+    except UnicodeEncodeError:
+        # half a surrogate pair: JSON can say it, UTF-8 can't
+        return json.dumps(row).encode() + b"\n"
+
+
+def _dumped(value: Any) -> str:
+    if isinstance(value, RawJson):
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
 def _no_object(text: str) -> InvalidRequestError:

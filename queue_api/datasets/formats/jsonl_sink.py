@@ -1,25 +1,23 @@
-"""The output of a dataset run: each row once, whatever happens to the process."""
+"""JSON Lines as an output: an object to a line."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import stat
 import sys
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from queue_api.datasets.maker import Maker
+from queue_api.datasets.formats.json_record import dump_row
+from queue_api.datasets.formats.row_sink import MadeRow, RowSink, WrittenRow, written_row
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["RowWriter", "WrittenRow"]
+__all__ = ["JsonLinesSink"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,44 +25,16 @@ LEAST_FREE_BYTES = 2**16
 FULL_DEVICE = os.makedev(1, 7)
 """/dev/full, which takes nothing."""
 
-# A row is a number: what made it (48 bits), who made it (14 bits), an error bit and one that it is
-# there. A million rows take 8 MB.
-_IS_THERE, _IS_ERROR = 1 << 63, 1 << 62
-_MAKER_SHIFT, _MOST_MAKERS = 48, 1 << 14
-_MARK = (1 << _MAKER_SHIFT) - 1
-_UNKNOWN = 0
-"""The mark of a row that doesn't say what made it."""
 
-
-@dataclass(frozen=True)
-class WrittenRow:
-    """What a line of an output says of itself."""
-
-    index: int
-    id: str
-    fingerprint: str
-    maker: Maker
-    is_error: bool
-    columns: dict[str, Any]
-
-
-class RowWriter:
+class JsonLinesSink(RowSink):
     """Appends lines to a file and makes them durable; `-` is stdout.
-
-    A file that is there is continued: a torn last line (of a crash) is cut off, and the rows in
-    it are known. Two writers of one file exclude each other.
 
     :raises DatasetError: the file can't be written, is another's, or is being written
     """
 
     def __init__(self, path: Path | str) -> None:
+        super().__init__(str(path))
         self._path = path
-        self._marks = array("Q")
-        self._makers = [Maker()]
-        self.rows = 0
-        """How many rows are written."""
-        self.errors = 0
-        """How many rows with an error were in the file when it was opened, or are left of them."""
         self._is_new = path != "-" and not os.path.lexists(path)
         try:
             self._file = self._open()
@@ -77,42 +47,12 @@ class RowWriter:
         except OSError as error:
             raise DatasetError(f"can't write {path}: {error.strerror or error}") from None
 
-    def __contains__(self, row: int) -> bool:
-        return row < len(self._marks) and self._marks[row] != 0
-
-    @property
-    def end(self) -> int:
-        """The row behind the last one that is written."""
-        return len(self._marks)
-
-    @property
-    def makers(self) -> set[Maker]:
-        """The models that made rows of the file when it was opened."""
-        return set(self._makers[1:])
-
-    def has_other(self, row: int, fingerprint: str) -> bool:
-        """True if the row is written, but of something else, or without a word of what."""
-        return row in self and self._marks[row] & _MARK != _mark(fingerprint)
-
-    def has_error(self, row: int) -> bool:
-        """True if the row was written with an error before the file was opened."""
-        return row in self and bool(self._marks[row] & _IS_ERROR)
-
-    def maker(self, row: int) -> Maker:
-        """The model that made a row which was there when the file was opened."""
-        return self._makers[self._marks[row] >> _MAKER_SHIFT & (_MOST_MAKERS - 1)]
-
     def info(self) -> os.stat_result:
-        """Of the file that is written."""
         return os.fstat(self._file.fileno())
 
-    def append(self, lines: Sequence[tuple[int, str, bytes]]) -> None:
-        """Write (row, fingerprint, line) of each; when this returns they are on disk.
-
-        :raises DatasetError: no space, closed pipe, …
-        """
+    def append(self, rows: Sequence[MadeRow]) -> None:
         try:
-            self._file.write(b"".join(line for _, _, line in lines))
+            self._file.write(b"".join(dump_row(row.columns) for row in rows))
             self._file.flush()
             if self._durable:
                 os.fsync(self._file.fileno())
@@ -120,18 +60,12 @@ class RowWriter:
             raise
         except OSError as error:
             raise DatasetError(f"can't write {self._path}: {error.strerror or error}") from None
-        for row, fingerprint, _ in lines:
-            self._note(row, _mark(fingerprint))
+        self._note_made(rows)
 
-    def find(self, row: int) -> WrittenRow | None:
-        """What the file says of a row; reads all of it."""
-        return next((found for found, _ in self._lines() if found.index == row), None)
+    def written(self) -> Iterator[WrittenRow]:
+        return (known for known, _ in self._lines())
 
     def drop(self, is_unwanted: Callable[[int], bool]) -> None:
-        """Take rows out of the file, all in one instant.
-
-        :raises DatasetError: no space, or it isn't a file
-        """
         if not self._durable or self._path == "-":
             raise DatasetError(f"rows can't be taken out of {self._path}: it isn't a file")
         try:
@@ -140,10 +74,6 @@ class RowWriter:
             raise DatasetError(f"can't write {self._path}: {error.strerror or error}") from None
 
     def close(self, *, keep_empty: bool = True) -> None:
-        """Close the file; without `keep_empty` one that was made here and has no row is removed.
-
-        :raises DatasetError: as append; of what it couldn't write, a part is still at hand
-        """
         try:
             if self._is_new and not self.rows and not keep_empty and self._durable:
                 with contextlib.suppress(FileNotFoundError):
@@ -227,8 +157,7 @@ class RowWriter:
             undo.callback(fresh.unlink, missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
-            self._marks, self._makers = array("Q"), [Maker()]
-            self.rows = self.errors = 0
+            self._forget_rows()
             for known, line in self._lines():
                 if not is_unwanted(known.index):
                     file.write(line)
@@ -240,27 +169,6 @@ class RowWriter:
         _sync_folder(fresh.parent)
         self._file.close()
         self._file = file
-
-    def _note_found(self, known: WrittenRow) -> None:
-        if known.maker not in self._makers and len(self._makers) < _MOST_MAKERS:
-            self._makers.append(known.maker)
-        maker = self._makers.index(known.maker) if known.maker in self._makers else 0
-        mark = _mark(known.fingerprint) | maker << _MAKER_SHIFT
-        self._note(known.index, mark | _IS_ERROR * known.is_error)
-        self.errors += known.is_error
-
-    def _note(self, row: int, mark: int) -> None:
-        if row >= len(self._marks):
-            self._marks.extend([0] * (row + 1 - len(self._marks)))
-        self.rows += self._marks[row] == 0
-        self._marks[row] = mark | _IS_THERE
-
-
-def _mark(fingerprint: str) -> int:
-    if not fingerprint:
-        return _UNKNOWN
-    digest = hashlib.blake2b(fingerprint.encode(errors="replace"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") or 1
 
 
 def _sync_folder(folder: Path) -> None:
@@ -286,16 +194,6 @@ def _read_row(line: bytes) -> WrittenRow | None:
     """What a line that we wrote says; None if it isn't one."""
     try:
         row = json.loads(line)
-        index, request_id = row["row"], row["id"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, RecursionError):
         return None
-    if type(index) is not int or not 0 <= index < 2**31:
-        return None
-    return WrittenRow(
-        index=index,
-        id=str(request_id),
-        fingerprint=str(row.get("fingerprint") or ""),
-        maker=Maker(*(str(row.get(name) or "") for name in ("model", "model_revision"))),
-        is_error=row.get("finish_reason") == "error",
-        columns=row,
-    )
+    return written_row(row) if isinstance(row, dict) else None

@@ -1,0 +1,30 @@
+"""JSON Lines: an object to a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from queue_api.datasets.formats.json_record import JsonRecordReader
+from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.formats.text_lines import lines_of
+from queue_api.datasets.formats.unreadable import check_format
+
+__all__ = ["JsonLinesSource"]
+
+
+class JsonLinesSource(RowSource):
+    """What is in no other format counts as JSON Lines, each line of which may be wrong."""
+
+    @classmethod
+    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
+        return start.lstrip()[:1] in (b"{", b"")
+
+    def records(self) -> Iterator[Record]:
+        check_format(self.data.start(), self.name)
+        reader = JsonRecordReader()
+        for number, line in lines_of(self.data.blocks()):
+            yield reader.read(line, number)
+
+    def count(self) -> int | None:
+        return sum(1 for _ in lines_of(self.data.blocks())) if self.is_repeatable else None

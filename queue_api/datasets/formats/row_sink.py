@@ -1,0 +1,165 @@
+"""RowSink: the seam behind which a format of outputs stands."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from queue_api.datasets.formats.maker import Maker
+
+__all__ = ["MadeRow", "RowSink", "WrittenRow", "written_row"]
+
+# A row is a number: what made it (48 bits), who made it (14 bits), an error bit and one that it is
+# there. A million rows take 8 MB.
+_IS_THERE, _IS_ERROR = 1 << 63, 1 << 62
+_MAKER_SHIFT, _MOST_MAKERS = 48, 1 << 14
+_MARK = (1 << _MAKER_SHIFT) - 1
+_UNKNOWN = 0
+"""The mark of a row that doesn't say what made it."""
+
+
+@dataclass(frozen=True)
+class MadeRow:
+    """A row to write."""
+
+    index: int
+    fingerprint: str
+    columns: Mapping[str, Any]
+    """What JSON can say, or RawJson."""
+
+
+@dataclass(frozen=True)
+class WrittenRow:
+    """What a row of an output says of itself."""
+
+    index: int
+    id: str
+    fingerprint: str
+    maker: Maker
+    is_error: bool
+    columns: Mapping[str, Any]
+
+
+class RowSink(ABC):
+    """An output in one format, each row of which is there once, whatever happens to the process.
+
+    One that is there is continued: what a crash tore is cut off, and the rows in it are known. Two
+    sinks of one output exclude each other.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._forget_rows()
+
+    @abstractmethod
+    def append(self, rows: Sequence[MadeRow]) -> None:
+        """Write rows; when this returns they are on disk, and `note` has been told of them.
+
+        :raises DatasetError: no space, closed pipe, …
+        """
+
+    @abstractmethod
+    def written(self) -> Iterator[WrittenRow]:
+        """Every row of the output; reads all of it."""
+
+    @abstractmethod
+    def drop(self, is_unwanted: Callable[[int], bool]) -> None:
+        """Take rows out of the output, all in one instant.
+
+        :raises DatasetError: no space, or rows can't be taken out of it
+        """
+
+    @abstractmethod
+    def close(self, *, keep_empty: bool = True) -> None:
+        """Close it; without `keep_empty` one that was made here and has no row is removed.
+
+        :raises DatasetError: as append; of what it couldn't write, a part is still at hand
+        """
+
+    @abstractmethod
+    def info(self) -> os.stat_result:
+        """Of the file or folder that is written."""
+
+    def __contains__(self, row: int) -> bool:
+        return row < len(self._marks) and self._marks[row] != 0
+
+    @property
+    def end(self) -> int:
+        """The row behind the last one that is written."""
+        return len(self._marks)
+
+    @property
+    def makers(self) -> set[Maker]:
+        """The models that made rows which were there when it was opened."""
+        return set(self._makers[1:])
+
+    def has_other(self, row: int, fingerprint: str) -> bool:
+        """True if the row is written, but of something else, or without a word of what."""
+        return row in self and self._marks[row] & _MARK != _mark(fingerprint)
+
+    def has_error(self, row: int) -> bool:
+        """True if the row was there, with an error, when the output was opened."""
+        return row in self and bool(self._marks[row] & _IS_ERROR)
+
+    def maker(self, row: int) -> Maker:
+        """The model that made a row which was there when the output was opened."""
+        return self._makers[self._marks[row] >> _MAKER_SHIFT & (_MOST_MAKERS - 1)]
+
+    def find(self, row: int) -> WrittenRow | None:
+        """What the output says of a row; reads all of it."""
+        return next((found for found in self.written() if found.index == row), None)
+
+    def _forget_rows(self) -> None:
+        self._marks = array("Q")
+        self._makers = [Maker()]
+        self.rows = 0
+        """How many rows are written."""
+        self.errors = 0
+        """How many rows with an error were there when it was opened, or are left of them."""
+
+    def _note_found(self, known: WrittenRow) -> None:
+        """Remember a row that is there."""
+        if known.maker not in self._makers and len(self._makers) < _MOST_MAKERS:
+            self._makers.append(known.maker)
+        maker = self._makers.index(known.maker) if known.maker in self._makers else 0
+        mark = _mark(known.fingerprint) | maker << _MAKER_SHIFT
+        self._note(known.index, mark | _IS_ERROR * known.is_error)
+        self.errors += known.is_error
+
+    def _note_made(self, rows: Iterable[MadeRow]) -> None:
+        """Remember rows that have been written."""
+        for row in rows:
+            self._note(row.index, _mark(row.fingerprint))
+
+    def _note(self, row: int, mark: int) -> None:
+        if row >= len(self._marks):
+            self._marks.extend([0] * (row + 1 - len(self._marks)))
+        self.rows += self._marks[row] == 0
+        self._marks[row] = mark | _IS_THERE
+
+
+def written_row(columns: Mapping[str, Any]) -> WrittenRow | None:
+    """What the columns of a row that we wrote say; None if they aren't of one."""
+    index, request_id = columns.get("row"), columns.get("id")
+    if type(index) is not int or not 0 <= index < 2**31 or "id" not in columns:
+        return None
+    return WrittenRow(
+        index=index,
+        id=str(request_id),
+        fingerprint=str(columns.get("fingerprint") or ""),
+        maker=Maker(*(str(columns.get(name) or "") for name in ("model", "model_revision"))),
+        is_error=columns.get("finish_reason") == "error",
+        columns=columns,
+    )
+
+
+def _mark(fingerprint: str) -> int:
+    if not fingerprint:
+        return _UNKNOWN
+    digest = hashlib.blake2b(fingerprint.encode(errors="replace"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") or 1

@@ -1,0 +1,90 @@
+"""RowSource: the seam behind which a format of inputs stands."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+from queue_api.datasets.formats.byte_input import ByteInput
+from queue_api.datasets.formats.record import Record
+
+__all__ = ["RowSource"]
+
+
+class RowSource(ABC):
+    """Rows of an input in one format, in order, in bounded memory.
+
+    A format is a class of this kind and its place in `opening.FORMATS`. What can't be read of one
+    row stands in that record's `error`; what ends all reading is raised as DatasetError.
+    """
+
+    unit = "line"
+    """What `Record.number` counts."""
+
+    def __init__(self, data: ByteInput) -> None:
+        self.data = data
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, start: bytes, name: str) -> bool:
+        """True if an input that begins so, and is called so, is in this format.
+
+        :param start: at least the first line, or some thousand bytes, or all there is
+        """
+
+    @abstractmethod
+    def records(self) -> Iterator[Record]:
+        """The rows from the first on; of an input that isn't repeatable, once.
+
+        May wait for input, so it is for a thread where that is a pipe.
+
+        :raises DatasetError: the input can't be read on
+        """
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        return self.data.name
+
+    @property
+    def is_repeatable(self) -> bool:
+        """True if `records` can be had more than once."""
+        return self.data.is_repeatable
+
+    @property
+    def before_waiting(self) -> Callable[[], None]:
+        """Called in the reading thread before it waits for more input to come."""
+        return self.data.before_waiting
+
+    @before_waiting.setter
+    def before_waiting(self, call: Callable[[], None]) -> None:
+        self.data.before_waiting = call
+
+    def place(self, number: int) -> str:
+        """What to call the row with that number in a message."""
+        return f"{self.unit} {number}"
+
+    def count(self) -> int | None:
+        """How many rows there are, blank and wrong ones as `records` has them; None if only reading
+        them once would tell.
+
+        :raises DatasetError: the input can't be read
+        """
+        return sum(1 for _ in self.records()) if self.is_repeatable else None
+
+    def identity(self) -> list[str]:
+        """What tells this content from another, without reading all of it."""
+        return self.data.identity()
+
+    def is_same_file(self, info: os.stat_result) -> bool:
+        """True if what is written there is read here."""
+        return self.data.is_same_file(info)
+
+    def interrupt(self) -> None:
+        """Make a `records` that waits for input end; for other threads than its own."""
+        self.data.interrupt()
+
+    def close(self) -> None:
+        """Let go of the input."""
+        self.data.close()
