@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import redis
 import redis.asyncio as aredis
@@ -40,7 +40,7 @@ LEAVE_ON = DEMOTED | {"NOREPLICAS"}
 
 def is_sentinel_url(url: str) -> bool:
     """Whether the address is one of Sentinels."""
-    return urlsplit(url).scheme in SCHEMES
+    return url.partition("://")[0].lower() in SCHEMES
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class SentinelAddress:
     @classmethod
     def parse(cls, url: str) -> SentinelAddress:
         """:raises ValueError: no host, or a port, database or option that can't be read"""
-        parts = urlsplit(url)
-        user, _, hosts = parts.netloc.rpartition("@")
+        hosts, parts = _without_hosts(url)
+        user, _, hosts = hosts.rpartition("@")
         sentinels = tuple(_host_and_port(host) for host in hosts.split(","))
         service, _, database = parts.path.strip("/").partition("/")
         if database and not database.isdecimal():
@@ -94,6 +94,14 @@ class SentinelAddress:
             "protocol": 2,
             **self.sentinel_options,
         }
+
+
+def _without_hosts(url: str) -> tuple[str, SplitResult]:
+    """What stands between `//` and the path, and the rest: Python's own splitter knows one host,
+    and some versions of it refuse a list with an IPv6 address behind others."""
+    scheme, _, rest = url.partition("://")
+    end = min((place for place in map(rest.find, "/?#") if place >= 0), default=len(rest))
+    return rest[:end], urlsplit(f"{scheme}://{rest[end:]}")
 
 
 def _host_and_port(text: str) -> tuple[str, int]:
