@@ -19,6 +19,7 @@ are quantized by PyTorch; its results are kept apart and no table is written.
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import json
 import logging
@@ -550,6 +551,7 @@ def main() -> None:
         todo = [name for name in todo if name not in results]
     if todo:
         examine("llama", args.quantization)  # Imports all that the children share.
+        gc.freeze()  # a fifth of the time went into looking for garbage in what is imported
     for i, name in enumerate(todo):
         result = results[name] = examine_apart(name, args.quantization, args.limit_s)
         write_results(args.results, results)
