@@ -81,24 +81,24 @@ class DatasetInput:
             if stream is not self._stream:
                 await stream.close()
 
-    async def records(self) -> AsyncGenerator[Record, None]:
-        """Each record, once.
+    async def batches(self) -> AsyncGenerator[list[Record], None]:
+        """Each record, once, some at a time, never none.
 
         :raises DatasetError: the input can't be read on
         """
         while self._ahead:
-            for record in self._ahead.pop(0):
-                yield record
+            yield self._ahead.pop(0)
         self._stream = self._stream or RecordStream(self.source)
-        async with aclosing(self._stream.records()) as records:
-            async for record in records:
-                yield record
+        async with aclosing(self._stream.batches()) as batches:
+            async for batch in batches:
+                yield batch
 
     async def rows(self, parser: RowParser) -> AsyncGenerator[Row, None]:
         """Its rows; what is wrong with one stands in its `request`."""
-        async with aclosing(self.records()) as records:
-            async for record in records:
-                yield parser.parse(record)
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for record in batch:
+                    yield parser.parse(record)
 
 
 def _say_nothing(_: str) -> None:

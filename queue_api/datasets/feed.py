@@ -15,6 +15,7 @@ from queue_api.client.reader import Subscription
 from queue_api.datasets.columns import Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.resume import no_such_row, other_model, other_row
@@ -137,26 +138,31 @@ class DatasetRun:
 
     async def _feed(self, subscription: Subscription) -> None:
         total = 0
-        async with aclosing(self._input.records()) as records:
-            async for record in records:
-                row = self._parser.parse(record)
-                total = row.index + 1
-                if row.index in self._sink:
-                    if self._sink.has_other(row.index, row.fingerprint):
-                        raise other_row(self._sink, row.index, record)
-                    self._chunks.skip(row.index)
-                elif (raw := self._early.pop(row.index, None)) is not None:
-                    self._chunks.skip(row.index)
-                    self._ready.append((row, raw))
-                    subscription.poke()
-                else:
-                    await self._submit(row)
+        async with aclosing(self._input.batches()) as batches:
+            async for batch in batches:
+                for record in batch:
+                    total += 1
+                    await self._take(record, subscription)
         await self._chunks.flush()
         self._check_end(total)
         await self._store.set(self._opened.run, total=total)
         self._total = total
         self._early.clear()  # of no row that there is
         subscription.poke()
+
+    async def _take(self, record: Record, subscription: Subscription) -> None:
+        """Send the next row, unless its text is there already."""
+        row = self._parser.parse(record)
+        if row.index in self._sink:
+            if self._sink.has_other(row.index, row.fingerprint):
+                raise other_row(self._sink, row.index, record)
+            self._chunks.skip(row.index)
+        elif (raw := self._early.pop(row.index, None)) is not None:
+            self._chunks.skip(row.index)
+            self._ready.append((row, raw))
+            subscription.poke()
+        else:
+            await self._submit(row)
 
     def _check_end(self, total: int) -> None:
         for row in range(total, self._sink.end):

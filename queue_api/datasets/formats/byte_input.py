@@ -32,6 +32,8 @@ class ByteInput(ABC):
 
     is_repeatable = True
     """True if it can be read more than once."""
+    waits = True
+    """True if bytes may be long in coming."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -90,6 +92,8 @@ class _Descriptor(ByteInput):
 
 class FileInput(_Descriptor):
     """A regular file, read from where the descriptor stands, without moving it."""
+
+    waits = False
 
     def __init__(self, name: str, fd: int) -> None:
         super().__init__(name, fd)

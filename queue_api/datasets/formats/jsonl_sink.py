@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink, WrittenRow, written_row
 from queue_api.wire.errors import DatasetError
 
@@ -52,7 +51,7 @@ class JsonLinesSink(RowSink):
 
     def append(self, rows: Sequence[MadeRow]) -> None:
         try:
-            self._file.write(b"".join(dump_row(row.columns) for row in rows))
+            self._file.write(b"".join(row.line for row in rows))
             self._file.flush()
             if self._durable:
                 os.fsync(self._file.fileno())

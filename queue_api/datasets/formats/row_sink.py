@@ -7,9 +7,10 @@ import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.maker import Maker
 
 __all__ = ["MadeRow", "RowSink", "WrittenRow", "written_row"]
@@ -23,7 +24,7 @@ _UNKNOWN = 0
 """The mark of a row that doesn't say what made it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class MadeRow:
     """A row to write."""
 
@@ -31,6 +32,12 @@ class MadeRow:
     fingerprint: str
     columns: Mapping[str, Any]
     """What JSON can say, or RawJson."""
+    line: bytes = field(init=False, repr=False)
+    """The same as a line of JSON. Made at once, in the event loop: made in the thread that writes,
+    it would keep the loop from the interpreter for longer than it takes."""
+
+    def __post_init__(self) -> None:
+        self.line = dump_row(self.columns)
 
 
 @dataclass(frozen=True)

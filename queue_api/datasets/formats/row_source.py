@@ -53,6 +53,11 @@ class RowSource(ABC):
         return self.data.is_repeatable
 
     @property
+    def waits(self) -> bool:
+        """True if `records` may have to wait for input to come."""
+        return self.data.waits
+
+    @property
     def before_waiting(self) -> Callable[[], None]:
         """Called in the reading thread before it waits for more input to come."""
         return self.data.before_waiting
