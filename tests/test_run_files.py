@@ -152,10 +152,10 @@ def test_the_exit_code_tells_of_rows_with_errors(shell: Shell, tmp_path: Path) -
     done = shell("$RUN half.jsonl -o 1; echo $?; $RUN half.jsonl -o 2 --fail-on-error; echo $?")
     assert done.stdout.split() == ["0", "4"]
     assert "1 of 2 rows have errors, more than 0 of them" in done.stderr
-    done = shell("$RUN half.jsonl -o 1 --max-error-rate 0.5; echo $?")
+    done = shell("$RUN half.jsonl -o 1 --max-errors 50%; echo $?")
     assert done.stdout.split() == ["0"]
     assert "1 rows that were written before have errors and stand; --retry-errors" in done.stderr
-    done = shell("$RUN half.jsonl -o 1 --max-error-rate 0.4; echo $?")
+    done = shell("$RUN half.jsonl -o 1 --max-errors 40%; echo $?")
     assert done.stdout.split() == ["4"]
     # a row that a worker refuses is readable, so that this shows at the end alone
     write(tmp_path / "late.jsonl", {"prompt": "a", "deadline": 1.0})
@@ -163,7 +163,7 @@ def test_the_exit_code_tells_of_rows_with_errors(shell: Shell, tmp_path: Path) -
     assert done.stdout.split() == ["4", "4"]
     assert "all 1 rows have errors; the first: wasn't done by its deadline" in done.stderr
     write(tmp_path / "many.jsonl", *[good] * 9, *[wrong] * 3000)
-    done = shell("$RUN many.jsonl -o 4 --max-error-rate 0.1 --window 64; echo $?")
+    done = shell("$RUN many.jsonl -o 4 --max-errors 10% --window 64; echo $?")
     assert done.stdout.split() == ["4"]
     assert "the rest isn't asked for" in done.stderr
     assert len(rows_of(tmp_path / "4")) < 2000

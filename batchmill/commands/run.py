@@ -27,6 +27,7 @@ from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
 from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import RowsFailedError
@@ -72,17 +73,20 @@ def run(
             "made.",
         ),
     ] = False,
-    max_error_rate: Annotated[
-        float | None,
+    max_errors: Annotated[
+        str | None,
         typer.Option(
-            min=0,
-            max=1,
-            help="Stop, with exit code 4, when a greater share of the rows has errors.",
+            metavar="N|P%",
+            help="Stop, with exit code 4, when more rows have errors, or a greater share of the "
+            "last 1000.",
             show_default=False,
         ),
     ] = None,
     fail_on_error: Annotated[
         bool, typer.Option("--fail-on-error", help="End with exit code 4 if a row has an error.")
+    ] = False,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Write the rows in the order of the input.")
     ] = False,
     redis_url: RedisUrl = None,
 ) -> None:
@@ -120,7 +124,8 @@ def run(
         fields=fields_of(fields, row_sampling=row_sampling),
         retry_errors=retry_errors,
         redo_changed=redo_changed,
-        max_error_rate=max_error_rate,
+        max_errors=ErrorLimit.of(max_errors),
+        ordered=ordered,
     )
     try:
         summary = run_async(run_offline(job, console))
@@ -136,18 +141,18 @@ def run(
             f"{summary.errors_before:,} rows that were written before have errors and stand; "
             "--retry-errors asks for them again"
         )
-    _judge(summary, max_error_rate, fail_on_error=fail_on_error)
+    _judge(summary, job.max_errors, fail_on_error=fail_on_error)
 
 
-def _judge(summary: RunSummary, max_error_rate: float | None, *, fail_on_error: bool) -> None:
+def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool) -> None:
     """:raises RowsFailedError: all rows have errors, or more than the options put up with"""
     if summary.all_failed:
         raise RowsFailedError(
             f"all {summary.rows + summary.resumed:,} rows have errors; the first: "
             f"{summary.first_error or 'see the output'}"
         )
-    rate = 0.0 if fail_on_error else max_error_rate
-    if rate is not None and (told := summary.too_many_errors(rate)):
+    limit = ErrorLimit(rows=0) if fail_on_error else limit
+    if limit is not None and (told := summary.too_many_errors(limit)):
         raise RowsFailedError(told)
 
 

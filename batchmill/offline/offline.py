@@ -21,6 +21,7 @@ from batchmill.offline.report import progress_display
 from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
@@ -64,7 +65,8 @@ class OfflineRun:
     """The columns that are read as their requests' fields; None: all with the name of one."""
     retry_errors: bool = False
     redo_changed: bool = False
-    max_error_rate: float | None = None
+    max_errors: ErrorLimit | None = None
+    ordered: bool = False
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -88,6 +90,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         fields=job.fields,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
+        ordered=job.ordered,
         warn=lambda line: _show(console, f"WARNING {line}"),
     )
 
@@ -142,7 +145,7 @@ async def _generate(
         client,
         chunk_size=job.chunk_size,
         window=job.window,
-        max_error_rate=job.max_error_rate,
+        max_errors=job.max_errors,
         on_progress=on_progress,
     )
 

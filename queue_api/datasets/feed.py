@@ -14,17 +14,19 @@ from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
 from queue_api.datasets.columns import Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.error_limit import ErrorLimit, ErrorWatch
 from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.in_order import InOrder
 from queue_api.datasets.resume import no_such_row, other_model, other_row
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import Entry, if_possible, parse_result
 from queue_api.wire.errors import DatasetError, RequestError, RowsFailedError
-from queue_api.wire.schemas import GenerationRequest, GenerationResult
+from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult
 
 __all__ = ["DatasetRun", "OpenedRun"]
 
@@ -34,10 +36,6 @@ PROGRESS_EVERY_S = 0.1
 FINISHED_JOB_TTL_S = 5
 """A finished job holds its prompts, and a long run finishes many: at most so many seconds' worth of
 them stay in Redis beside the window."""
-
-
-ENOUGH_ROWS = 100
-"""After so many rows the share of errors says something."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ class DatasetRun:
         data: DatasetInput,
         parser: RowParser,
         window: int,
-        max_error_rate: float | None,
+        limit: ErrorLimit | None,
+        ordered: bool,
         makers: Collection[Maker],
         listener: Callable[[Progress], None] | None,
     ) -> None:
@@ -79,7 +78,8 @@ class DatasetRun:
         self._sink = sink
         self._parser = parser
         self._window = max(window, opened.chunk_size)
-        self._max_error_rate = max_error_rate
+        self._errors = ErrorWatch(limit, sink.errors)
+        self._in_order = InOrder(sink.__contains__) if ordered else None
         self._makers = sink.makers
         """Models that made rows of the output."""
         self._allowed = {*makers, *sink.makers}
@@ -212,16 +212,17 @@ class DatasetRun:
         hasty = self._store.within(0.0)
         sweeper = Reconciler(hasty, self._opened.run, self._id_of, self._resubmit)
         heard_at = time.monotonic()
-        while self._total is None or self._pending or self._ready:
+        while self._total is None or self._pending or self._ready or self._num_held:
             entries = await subscription.take(reconcile_s)
             answered, self._ready = self._ready, []
             answered += self._match(entries)
+            if self._in_order is not None:
+                answered = self._those_whose_turn_it_is(answered, entries)
             if answered:
                 await self._write(answered)
-            # a result whose row hasn't been read yet is nowhere but in the stream
-            if entries and not self._early:
-                await if_possible(hasty.trim(self._opened.run, entries[-1][0]))
-            self._outstanding = len(self._pending)
+            if entries and (through := self._safe_through(entries)):
+                await if_possible(hasty.trim(self._opened.run, through))
+            self._outstanding = len(self._pending) + self._num_held
             self._room.set()
             if entries or answered:
                 heard_at = time.monotonic()
@@ -231,6 +232,29 @@ class DatasetRun:
                 await if_possible(sweeper.sweep(waiting))
         if subscription.last != "0":
             await self._store.trim(self._opened.run, subscription.last)
+
+    @property
+    def _num_held(self) -> int:
+        """Answered rows that wait for those before them."""
+        return 0 if self._in_order is None else len(self._in_order)
+
+    def _those_whose_turn_it_is(
+        self, answered: Sequence[tuple[Row, bytes]], entries: Sequence[Entry]
+    ) -> list[tuple[Row, bytes]]:
+        assert self._in_order is not None
+        places = {index: entry for entry, index, _ in entries}
+        for row, raw in answered:
+            self._in_order.put(row, raw, places.get(row.index))
+        return self._in_order.take()
+
+    def _safe_through(self, entries: Sequence[Entry]) -> str | None:
+        """Up to which entry of the stream all results are in the output."""
+        if self._early:
+            return None  # a result whose row hasn't been read yet is nowhere but in the stream
+        if self._num_held:
+            assert self._in_order is not None
+            return self._in_order.through()
+        return entries[-1][0]
 
     def _match(self, entries: Sequence[Entry]) -> list[tuple[Row, bytes]]:
         answered = []
@@ -251,6 +275,7 @@ class DatasetRun:
             result = parse_result(self._opened.run, row.index, raw)
             self._check_maker(result)
             self.summary.add(result)
+            self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
             made = output_row(row.columns, result, row.fingerprint)
             rows.append(MadeRow(row.index, row.fingerprint, made))
         await asyncio.to_thread(self._sink.append, rows)
@@ -271,9 +296,7 @@ class DatasetRun:
 
     def _check_errors(self) -> None:
         """:raises RowsFailedError: so many of the rows have errors that it isn't worth going on"""
-        if self._max_error_rate is None or self.summary.rows < ENOUGH_ROWS:
-            return
-        if told := self.summary.too_many_errors(self._max_error_rate):
+        if told := self._errors.exceeded():
             raise RowsFailedError(f"{told}; the rest isn't asked for")
 
     def _tell(self, *, final: bool = False) -> None:

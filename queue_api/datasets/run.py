@@ -16,6 +16,7 @@ from uuid import uuid4
 from queue_api.client.client import Client
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.opening import open_sink, open_source
@@ -57,6 +58,7 @@ class Dataset:
     fields: frozenset[str] | None
     warn: Callable[[str], None]
     redo_changed: bool
+    ordered: bool = False
     keeps_empty: bool = False
     """Whether an output without rows is kept."""
 
@@ -67,7 +69,7 @@ class Dataset:
         queue: str | None = None,
         chunk_size: int | None = None,
         window: int = DEFAULT_WINDOW,
-        max_error_rate: float | None = None,
+        max_errors: ErrorLimit | int | str | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunSummary:
         """Ask for what isn't written yet, and write it; as run_dataset."""
@@ -83,7 +85,8 @@ class Dataset:
             data=self.data,
             parser=self.parser(self.warn),
             window=window,
-            max_error_rate=max_error_rate,
+            limit=ErrorLimit.of(max_errors),
+            ordered=self.ordered,
             makers=makers,
             listener=on_progress,
         )
@@ -110,6 +113,7 @@ async def open_dataset(
     fields: Collection[str] | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
+    ordered: bool = False,
     warn: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Dataset, None]:
     """Look at both files, before anything else is started; the parameters are run_dataset's.
@@ -135,6 +139,7 @@ async def open_dataset(
             names,
             warn or logger.warning,
             redo_changed,
+            ordered,
         )
         try:
             if source.is_same_file(sink.info()):
@@ -164,7 +169,8 @@ async def run_dataset(
     fields: Collection[str] | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
-    max_error_rate: float | None = None,
+    max_errors: ErrorLimit | int | str | None = None,
+    ordered: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
@@ -178,11 +184,14 @@ async def run_dataset(
         and `messages`; all others come back untouched. None: all that have the name of a field
     :param retry_errors: ask again for the rows of the output that have an error
     :param redo_changed: make the rows of the output anew that were made of something else
-    :param max_error_rate: stop when a greater share of the rows, of at least 100, has errors
+    :param max_errors: stop when more rows than that have errors, `20`, or a greater share of the
+        last thousand, `"5%"`
+    :param ordered: write rows in the order of the input; those that are answered before their turn
+        are held, `window` at most
     :raises DatasetError: a file can't be used, no row of it can be read, or the output belongs to
         another input, other defaults or another model
     :raises InvalidRequestError: the run id belongs to another input or other defaults
-    :raises RowsFailedError: see `max_error_rate`
+    :raises RowsFailedError: see `max_errors`
     """
     opened = open_dataset(
         input,
@@ -192,6 +201,7 @@ async def run_dataset(
         fields=fields,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
+        ordered=ordered,
         warn=warn,
     )
     async with opened as dataset:
@@ -200,7 +210,7 @@ async def run_dataset(
             queue=queue,
             chunk_size=chunk_size,
             window=window,
-            max_error_rate=max_error_rate,
+            max_errors=max_errors,
             on_progress=on_progress,
         )
 
@@ -293,6 +303,12 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
                 unwanted.add(row)
     if len(unwanted):
         await asyncio.to_thread(sink.drop, unwanted.__contains__)
+    if dataset.ordered and sink.rows < sink.end:
+        missing = next(row for row in range(sink.end) if row not in sink)
+        raise DatasetError(
+            f"the output has rows behind row {missing}, which is still to be made: without "
+            "--ordered it goes to the end, with it take another output"
+        )
 
 
 async def _open(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.wire.schemas import FinishReason, GenerationResult
 
 __all__ = ["Progress", "Quantiles", "RunSummary"]
@@ -96,12 +97,9 @@ class RunSummary:
         """True if there are rows and each has an error."""
         return 0 < self.rows + self.resumed == self.errors + self.errors_before
 
-    def too_many_errors(self, max_rate: float) -> str:
-        """What to say if more than that share of all rows have errors; else nothing."""
-        rows, errors = self.rows + self.resumed, self.errors + self.errors_before
-        if errors <= max_rate * rows:
-            return ""
-        return f"{errors:,} of {rows:,} rows have errors, more than {max_rate:.4g} of them"
+    def too_many_errors(self, limit: ErrorLimit) -> str:
+        """What to say if more of all rows have errors than that; else nothing."""
+        return limit.exceeded(self.errors + self.errors_before, self.rows + self.resumed)
 
     def add(self, result: GenerationResult) -> None:
         """Count one result."""
