@@ -44,7 +44,7 @@ class ErrorLimit:
     def exceeded(self, errors: int, rows: int) -> str:
         """What to say if so many errors are too many; else nothing."""
         if self.rows is not None and errors > self.rows:
-            return f"{errors:,} of {rows:,} rows have errors, more than {self.rows:,}"
+            return f"{errors:,} of {rows:,} rows have errors, more than {self.rows:,} of them"
         if self.share is not None and errors > self.share * rows:
             return f"{errors:,} of {rows:,} rows have errors, more than {self.share:.4%} of them"
         return ""
