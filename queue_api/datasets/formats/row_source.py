@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from queue_api.datasets.formats.byte_input import ByteInput
 from queue_api.datasets.formats.record import Record
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["RowSource"]
 
@@ -77,6 +81,14 @@ class RowSource(ABC):
         :raises DatasetError: the input can't be read
         """
         return sum(1 for _ in self.records()) if self.is_repeatable else None
+
+    def schema(self) -> pyarrow.Schema | None:
+        """The columns' types as the input says them; None where it says none, as text does, or
+        where only reading it once would tell.
+
+        :raises DatasetError: the input can't be read
+        """
+        return None
 
     def identity(self) -> list[str]:
         """What tells this content from another, without reading all of it."""
