@@ -89,7 +89,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),
         ("$RUN table.csv -o out.jsonl", "looks like CSV with the columns 'prompt', 'n'"),
-        ("gzip < in.jsonl | $RUN - -o out.jsonl", "- is gzip, not JSON Lines"),
+        ("gzip < in.jsonl | head -c 20 | $RUN - -o out.jsonl", "- is gzip that was cut off"),
+        (
+            "python3 -m zipfile -c in.zip in.jsonl; $RUN in.zip -o out.jsonl",
+            "in.zip is a zip archive",
+        ),
         ("$RUN wrong.jsonl -o out.jsonl", "Its columns are 'question': rename"),
         ("$RUN in.jsonl -o out.jsonl --fields temprature", "'temprature' isn't a field"),
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -105,13 +105,19 @@ class DatasetRun:
         self._fed_chunk = -1
         self._room = asyncio.Event()
         self._total: int | None = None
+        """How many rows there are, or can be read; None until all are."""
+        self._broken: DatasetError | None = None
+        """Why the input can't be read to its end."""
         self._counted: int | None = None
         self._told_at = 0.0
         self._started_at = time.perf_counter()
         self.summary = RunSummary(run=opened.run)
 
     async def run(self) -> RunSummary:
-        """Until every row is written."""
+        """Until every row is written.
+
+        :raises DatasetError: the input can't be read to its end; the rows before are written
+        """
         self.summary.resumed = self._sink.rows
         self.summary.errors_before = self._sink.errors
         subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
@@ -131,6 +137,8 @@ class DatasetRun:
             subscription.close()
         self.summary.elapsed_s = time.perf_counter() - self._started_at
         self._tell(final=True)
+        if self._broken is not None:
+            raise self._broken
         return self.summary
 
     async def _count(self) -> None:
@@ -138,14 +146,15 @@ class DatasetRun:
 
     async def _feed(self, subscription: Subscription) -> None:
         total = 0
-        async with aclosing(self._input.batches()) as batches:
+        async with aclosing(self._batches()) as batches:
             async for batch in batches:
                 for record in batch:
                     total += 1
                     await self._take(record, subscription)
         await self._chunks.flush()
-        self._check_end(total)
-        await self._store.set(self._opened.run, total=total)
+        if self._broken is None:
+            self._check_end(total)
+            await self._store.set(self._opened.run, total=total)
         self._total = total
         self._early.clear()  # of no row that there is
         subscription.poke()
@@ -163,6 +172,15 @@ class DatasetRun:
             subscription.poke()
         else:
             await self._submit(row)
+
+    async def _batches(self) -> AsyncGenerator[list[Record], None]:
+        """Those that can be read: what is damaged further on costs none of the rows before it."""
+        try:
+            async with aclosing(self._input.batches()) as batches:
+                async for batch in batches:
+                    yield batch
+        except DatasetError as error:
+            self._broken = error
 
     def _check_end(self, total: int) -> None:
         for row in range(total, self._sink.end):

@@ -7,10 +7,10 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator
-from itertools import islice
 
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.wire.errors import DatasetError
 
 __all__ = ["RecordStream"]
 
@@ -68,13 +68,30 @@ class RecordStream:
             yield self._batches.popleft()
 
     async def _read_here(self) -> AsyncGenerator[list[Record], None]:
-        num_bytes = 0
-        while batch := list(islice(self._records, BATCH_ROWS)):
-            yield batch
-            num_bytes += sum(len(record.raw or b"") for record in batch)
+        num_bytes, error = 0, None
+        while error is None:
+            batch, size, error = self._next_batch()
+            if batch:
+                yield batch
+            num_bytes += size
             if num_bytes >= LOOP_BYTES:
                 num_bytes = 0
                 await asyncio.sleep(0)
+        if not isinstance(error, StopIteration):
+            raise error
+
+    def _next_batch(self) -> tuple[list[Record], int, Exception | None]:
+        """Some records, their bytes, and what ended the reading, if it has ended."""
+        batch: list[Record] = []
+        num_bytes = 0
+        try:
+            while len(batch) < BATCH_ROWS and num_bytes < BATCH_BYTES:
+                record = next(self._records)
+                batch.append(record)
+                num_bytes += record.num_bytes or len(record.raw or b"")
+        except (StopIteration, DatasetError) as error:
+            return batch, num_bytes, error
+        return batch, num_bytes, None
 
     async def close(self) -> None:
         """Stop reading; the source may be closed then."""

@@ -16,7 +16,15 @@ from typing import BinaryIO
 
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["BLOCK_BYTES", "ByteInput", "FileInput", "PipeInput", "open_bytes"]
+__all__ = [
+    "BLOCK_BYTES",
+    "START_BYTES",
+    "ByteInput",
+    "FileInput",
+    "PipeInput",
+    "open_bytes",
+    "spooled",
+]
 
 BLOCK_BYTES = 2**18
 START_BYTES = 4096

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
+from queue_api.datasets.formats.compression import decompressed, name_inside
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.formats.text_encoding import start_in_utf8
 
 __all__ = ["FORMATS", "open_sink", "open_source"]
 
@@ -48,9 +50,10 @@ class PipeSource(RowSource):
         return super().place(number) if self._known is None else self._known.place(number)
 
 
-def _source_of(data: ByteInput) -> RowSource:
-    start = data.start()
-    kinds = (kind for kind in FORMATS if kind.fits(start, data.name))
+def _source_of(packed: ByteInput) -> RowSource:
+    data = decompressed(packed)
+    start, name = start_in_utf8(data.start()), name_inside(data.name)
+    kinds = (kind for kind in FORMATS if kind.fits(start, name))
     return next(kinds, JsonLinesSource)(data)
 
 

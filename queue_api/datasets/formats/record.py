@@ -35,3 +35,5 @@ class Record:
     """Why the row can't be answered; the columns are those that are fine."""
     raw: bytes | None = None
     """The row as the file has it, where that is text; None, too, for one that is too long."""
+    num_bytes: int = 0
+    """About how much memory it takes, where `raw` doesn't tell."""

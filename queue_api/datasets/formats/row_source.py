@@ -34,7 +34,9 @@ class RowSource(ABC):
     def fits(cls, start: bytes, name: str) -> bool:
         """True if an input that begins so, and is called so, is in this format.
 
-        :param start: at least the first line, or some thousand bytes, or all there is
+        :param start: at least the first line, or some thousand bytes, or all there is; unpacked,
+            and text in UTF-8
+        :param name: without a compression's suffix
         """
 
     @abstractmethod

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections.abc import Iterable, Iterator
+
+from queue_api.datasets.formats.text_encoding import Utf8Encoder
 
 __all__ = ["MAX_LINE_BYTES", "Line", "LineSplitter", "lines_of"]
 
@@ -17,54 +17,28 @@ Line = tuple[int, bytes | None]
 class LineSplitter:
     """Makes lines of blocks. Lines end in LF, CR LF or, where there is no LF, in CR.
 
-    UTF-16 and UTF-32 are known by their byte order mark or their zeros, and become UTF-8. A line
-    beyond MAX_LINE_BYTES is read past, never held. Blank lines are counted and left out.
+    UTF-16 and UTF-32 become UTF-8. A line beyond MAX_LINE_BYTES is read past, never held. Blank
+    lines are counted and left out.
     """
 
     def __init__(self) -> None:
         self._number = 0
         self._rest = b""
         self._too_long = False
-        self._has_begun = False
-        self._decoder: codecs.IncrementalDecoder | None = None
+        self._encoder = Utf8Encoder()
         self._ends_in_cr: bool | None = None
         """None: no end of a line has been seen yet."""
 
     def feed(self, block: bytes) -> list[Line]:
         """The lines that end in this block."""
-        if not self._has_begun:
-            self._rest += block
-            if len(self._rest) < 4:
-                return []
-            block = self._begin()
-        return self._split(self._in_utf8(block))
+        return self._split(self._encoder.feed(block))
 
     def finish(self) -> list[Line]:
         """The last line, if it has no end."""
-        block = b"" if self._has_begun else self._begin()
-        last = self._split(self._in_utf8(block, final=True))
+        last = self._split(self._encoder.finish())
         if self._too_long or self._rest.strip():
             last.append((self._number + 1, None if self._too_long else self._rest))
         return last
-
-    def _begin(self) -> bytes:
-        """Look which encoding it is; returns what is there of the first line."""
-        self._has_begun = True
-        start, self._rest = self._rest, b""
-        encoding = json.detect_encoding(start)
-        if encoding.startswith(("utf-16", "utf-32")):
-            self._decoder = codecs.getincrementaldecoder(encoding)(errors="surrogatepass")
-        # a byte order mark isn't part of the first line
-        return start.removeprefix(codecs.BOM_UTF8)
-
-    def _in_utf8(self, block: bytes, *, final: bool = False) -> bytes:
-        if self._decoder is None:
-            return block
-        try:
-            return self._decoder.decode(block, final).encode(errors="surrogatepass")
-        except UnicodeDecodeError:
-            self._decoder.reset()
-            return b"\xff"  # which isn't UTF-8 either, so that the line is told to be wrong
 
     def _split(self, block: bytes) -> list[Line]:
         data = self._rest + block

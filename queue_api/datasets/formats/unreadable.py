@@ -22,10 +22,6 @@ MOST_COLUMNS_SHOWN = 20
 LINE_BYTES = 1000
 """So much of each line is looked at."""
 _MAGIC: dict[bytes, tuple[str, str]] = {
-    b"\x1f\x8b": ("gzip", "unpack it: gunzip -c {} | batchmill … -"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -dc {} | batchmill … -"),
-    b"BZh": ("bzip2", "unpack it: bunzip2 -c {} | batchmill … -"),
-    b"\xfd7zXZ\x00": ("xz", "unpack it: xz -dc {} | batchmill … -"),
     b"\x04\x22\x4d\x18": ("lz4", "unpack it first"),
     b"7z\xbc\xaf\x27\x1c": ("7-zip", "unpack it first"),
     b"PK\x03\x04": ("a zip archive (or a spreadsheet)", "unpack it, or save it as JSON Lines"),
