@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import threading
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,10 +16,20 @@ from typing import Any
 
 import pytest
 from backports import zstd
+from hypothesis import given
+from hypothesis import strategies as st
 
+from queue_api.datasets.formats.json_source import elements_of
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import DatasetError
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=5,
+)
 
 ROWS = [{"id": i, "prompt": f"é {i}", "note": "x" * (i % 7)} for i in range(5000)]
 LINES = [json.dumps(row).encode() + b"\n" for row in ROWS]
@@ -120,3 +131,119 @@ def test_a_packed_pipe_is_read_once(tmp_path: Path, kind: str, is_whole: bool) -
     writer.join()
     assert rows == (ROWS if is_whole else ROWS[: len(rows)])
     assert ("cut off" in told) != is_whole
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def in_pieces(content: bytes, size: int) -> list[bytes]:
+    return [content[at : at + size] for at in range(0, len(content), size)]
+
+
+ODD_ELEMENTS = [
+    '{"a": "x,]\\"}"}',
+    ' {"b": [1, {"c": 2}, []]} ',
+    "3",
+    '"s"',
+    "[1, 2]",
+    "{bad}",
+    '{"x": "a\nb"}',
+    '{"a": 1}}',
+    "",
+    '{"é\\\\": "\\u00e9\\\\\\""}',
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_elements_are_found_wherever_blocks_end(size: int) -> None:
+    content = f"[{','.join(ODD_ELEMENTS)}]".encode()
+    expected = [element.strip().encode() for element in ODD_ELEMENTS]
+    assert list(elements_of(in_pieces(content, size), "f")) == expected
+    objects = b'{\n "a": [{"b": "}"}]\n}\n{\n}{"c": 1}'
+    found = list(elements_of(in_pieces(objects, size), "f"))
+    assert [json.loads(element or b"") for element in found] == [
+        {"a": [{"b": "}"}]},
+        {},
+        {"c": 1},
+    ]
+
+
+@given(st.lists(st.dictionaries(st.text(), JSON_VALUES)), st.integers(1, 40), st.booleans())
+def test_any_array_is_split_as_the_reader_of_json_does(
+    rows: list[dict[str, Any]], size: int, over_lines: bool
+) -> None:
+    content = json.dumps(rows, indent=1 if over_lines else None, ensure_ascii=over_lines)
+    try:
+        blocks = in_pieces(content.encode(), size)
+    except UnicodeEncodeError:
+        blocks = in_pieces(json.dumps(rows).encode(), size)
+    assert [json.loads(element or b"") for element in elements_of(blocks, "f")] == rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows"])
+def test_an_array_is_told_by_content(
+    tmp_path: Path, encoding: str, indent: int | None, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(json.dumps(ROWS[:500], indent=indent, ensure_ascii=False).encode(encoding))
+    with closing(open_source(path)) as source:
+        for _ in range(2):
+            assert [record.read for record in source.records()] == ROWS[:500]
+        assert source.count() == 500
+        assert source.place(3) == "element 3"
+    path.write_bytes("".join(json.dumps(row) + "\n" for row in ROWS[:500]).encode(encoding))
+    assert [record.read for record in records_of(path)] == ROWS[:500]
+
+
+def test_a_wrong_element_is_one_wrong_row_and_a_decimal_stays(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"x": 0.12345678901234567890}, {"x": NaN}, 7, {"x": 1,}, {"y": 2}]')
+    first, nan, number, comma, last = records_of(path)
+    assert first.shown == {"x": "0.12345678901234567890"}
+    assert [record.number for record in (nan, number, comma)] == [2, 3, 4]
+    assert "NaN in column 'x'" in str(nan.error)
+    assert "not an object but '7'" in str(number.error)
+    assert "not JSON" in str(comma.error)
+    assert last.read == {"y": 2}
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        ("", "is a JSON array without its end"),
+        (', {"prompt": "b', "is a JSON array without its end"),
+        ('] {"prompt": "b"}', "goes on after its JSON array, which has 2 elements"),
+        ("] ]", "goes on after its JSON array"),
+    ],
+)
+def test_an_array_that_is_cut_off_or_goes_on_keeps_its_first_rows(
+    tmp_path: Path, end: str, told: str
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f'[{{"prompt": "a"}}, {{"prompt": "b"}}{end}')
+    rows, error = rows_before_the_error(path)
+    assert rows[:1] == [{"prompt": "a"}]
+    assert told in error
+    assert str(path) in error
+
+
+def test_an_endless_element_is_read_past_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    with path.open("wb") as file:
+        file.write(b'[{"a": "')
+        for _ in range(64):
+            file.write(b"word\\n\\" * 2**17)
+            file.write(b'"')
+        file.write(b'"}, {"b": [')
+        file.write((b"[1, " + b"3" * 990 + b"], ") * 2**15)
+        file.write(b'3]}, {"c": 1}]')
+    tracemalloc.start()
+    try:
+        found = records_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_LINE_BYTES
+    finally:
+        tracemalloc.stop()
+    assert [record.read for record in found] == [{}, {}, {"c": 1}]
+    assert [record.number for record in found if record.error] == [1, 2]

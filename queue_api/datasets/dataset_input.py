@@ -63,7 +63,9 @@ class DatasetInput:
                 if is_enough and not self.source.is_repeatable:
                     break
         if seen:
-            raise DatasetError(why_unreadable(self.source.name, seen, first_lines, num_rows))
+            start = self.source.data.start() if self.source.is_repeatable else b""
+            told = why_unreadable(self.source.name, seen, first_lines, num_rows, start)
+            raise DatasetError(told)
 
     async def _first_batches(self) -> AsyncGenerator[list[Record], None]:
         """The first records; of what can be read only once, they come again in `records`."""

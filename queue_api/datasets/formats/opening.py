@@ -7,6 +7,7 @@ from pathlib import Path
 
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
+from queue_api.datasets.formats.json_source import JsonSource
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
 from queue_api.datasets.formats.record import Record
@@ -16,7 +17,7 @@ from queue_api.datasets.formats.text_encoding import start_in_utf8
 
 __all__ = ["FORMATS", "open_sink", "open_source"]
 
-FORMATS: tuple[type[RowSource], ...] = ()
+FORMATS: tuple[type[RowSource], ...] = (JsonSource,)
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
 
 

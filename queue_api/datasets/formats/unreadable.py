@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ _MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x80\x05": ("a pickle", "write it as JSON Lines"),
     b"%PDF": ("a PDF", "write its text as JSON Lines"),
 }
+_LIST_OF_OBJECTS = re.compile(rb'"([^"\\]+)"\s*:\s*\[\s*\{')
 _TAR_MAGIC, _TAR_AT = b"ustar", 257
 
 
@@ -46,8 +47,6 @@ def check_format(start: bytes, path: Path | str) -> None:
 
     :raises DatasetError: it is in a format that is known not to be JSON Lines
     """
-    if start.removeprefix(codecs.BOM_UTF8).lstrip().splitlines()[:1] == [b"["]:
-        raise DatasetError(_array(path))
     if start[_TAR_AT:].startswith(_TAR_MAGIC):
         raise DatasetError(f"{path} is a tar archive, not JSON Lines: unpack it first")
     for magic, (name, hint) in _MAGIC.items():
@@ -56,15 +55,23 @@ def check_format(start: bytes, path: Path | str) -> None:
 
 
 def why_unreadable(
-    path: Path | str, rows: Sequence[Row], lines: Sequence[bytes | None], num_rows: int
+    path: Path | str,
+    rows: Sequence[Row],
+    lines: Sequence[bytes | None],
+    num_rows: int,
+    start: bytes,
 ) -> str:
     """What to say of an input none of whose first rows can be read.
 
     :param lines: the beginning of each row's line
     :param num_rows: how many were looked at; `rows` may be fewer
+    :param start: the first bytes of the input
     """
-    known = _known_text(path, [line for line in lines if line is not None])
+    texts = [line for line in lines if line is not None]
+    known = _known_text(path, texts)
     if known and not any(row.columns for row in rows):
+        return known
+    if num_rows == 1 and (known := _list_in(path, rows, texts[0] if texts else start)):
         return known
     columns = sorted({name for row in rows for name in row.columns})
     looked_at = "its row" if num_rows == 1 else f"all {num_rows} rows that were looked at"
@@ -82,17 +89,26 @@ def why_unreadable(
     return told
 
 
-def _array(path: Path | str) -> str:
+def _list_in(path: Path | str, rows: Sequence[Row], first: bytes) -> str:
+    """What to say of one object that holds the rows in a list."""
+    values = rows[0].columns if rows else {}
+    names = [
+        name
+        for name, value in values.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    ]
+    if not values and (found := _LIST_OF_OBJECTS.search(first)):  # too long to be read
+        names = [found[1].decode(errors="replace")]
+    if len(names) != 1:
+        return ""
     return (
-        f"{path} is a JSON array, not JSON Lines with an object to a line: "
-        f"write one to each line: jq -c '.[]' {path}"
+        f"{path} is one object, whose {names[0]!r} is a list of objects: if those are the rows, "
+        f"write them as a list of their own: jq '.[{json.dumps(names[0])}]' {path}"
     )
 
 
 def _known_text(path: Path | str, lines: Sequence[bytes]) -> str:
     first = lines[0].strip() if lines else b""
-    if first.startswith(b"["):
-        return _array(path)
     if first.startswith(b"{") and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
         return (
             f"{path} has objects over several lines, not one to a line: "
