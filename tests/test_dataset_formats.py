@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
+import tempfile
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -247,3 +250,131 @@ def test_an_endless_element_is_read_past_in_bounded_memory(tmp_path: Path) -> No
         tracemalloc.stop()
     assert [record.read for record in found] == [{}, {}, {"c": 1}]
     assert [record.number for record in found if record.error] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------- CSV, text
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+def csv_of(rows: list[list[str]], separator: str, end: str) -> str:
+    text = io.StringIO(newline="")
+    # the writer leaves a CR bare, where all readers end a line
+    quoting = csv.QUOTE_ALL if any("\r" in cell for row in rows for cell in row) else 0
+    csv.writer(text, delimiter=separator, lineterminator=end, quoting=quoting).writerows(rows)
+    return text.getvalue()
+
+
+@given(
+    st.lists(st.tuples(CELLS, CELLS, CELLS.filter(str.strip))),
+    st.sampled_from(",\t;|"),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+def test_any_table_in_text_is_read_as_it_was_written(
+    rows: list[tuple[str, str, str]], separator: str, end: str, encoding: str
+) -> None:
+    header = ["id", "a note", "prompt"]
+    text = csv_of([header, *map(list, rows)], separator, end)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "table.csv")
+        path.write_bytes(text.encode(encoding))
+        with closing(open_source(path)) as source:
+            found = list(source.records())
+            assert source.count() == len(rows)
+    assert [record.error for record in found] == [None] * len(rows)
+    assert [list(record.shown) for record in found] == [header] * len(rows)
+    assert [[cell or "" for cell in record.shown.values()] for record in found] == [
+        list(row) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table", "table.jsonl", "table.txt", "-"])
+def test_a_table_is_told_by_content(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('id;prompt;note\n7;"a; ""b""\n\nc";\n\n008;d;0.50\n')
+    first, second = records_of(path)
+    assert first.shown == {"id": "7", "prompt": 'a; "b"\n\nc', "note": None}
+    assert second.shown == {"id": "008", "prompt": "d", "note": "0.50"}
+    assert (first.number, second.number) == (2, 6)
+
+
+def test_cells_that_are_fields_are_read_and_shown_as_they_came(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    names = ["prompt", "max_tokens", "temperature", "ignore_eos", "stop", "seed", "messages"]
+    cells = ["5", "7.0", " 0.50", "TRUE", "5", "x", '[{"role": "user", "content": "a"}]']
+    path.write_text(csv_of([names, cells], ",", "\n"))
+    (record,) = records_of(path)
+    assert record.shown == dict(zip(names, cells, strict=True))
+    message = {"role": "user", "content": "a"}
+    assert list(record.read.values()) == ["5", 7, 0.5, True, "5", "x", [message]]
+    assert isinstance(record.read["max_tokens"], int)
+    path.write_text(csv_of([["prompt", "stop"], ["a", '["b", "c"]']], ",", "\n"))
+    assert records_of(path)[0].read["stop"] == ["b", "c"]
+
+
+def test_a_wrong_row_of_a_table_is_one_wrong_row(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(b'prompt,n\na,1\nb\nc,2,3\n"d"e,4\nf\xff,5\n"g\nh",6\n"i\n"j,7\nk,8\n')
+    found = [
+        (record.number, str(record.error) if record.error else record.shown["prompt"])
+        for record in records_of(path)
+    ]
+    assert found == [
+        (2, "a"),
+        (3, "has 1 cells, where the header has 2"),
+        (4, "has 3 cells, where the header has 2"),
+        (5, "not CSV: ',' expected after '\"'"),
+        (6, "not UTF-8, nor UTF-16 or UTF-32"),
+        (7, "g\nh"),
+        (9, "(with the 1 lines after it) not CSV: ',' expected after '\"'"),
+        (11, "k"),
+    ]
+
+
+def test_a_cell_of_any_length_is_read_or_one_wrong_row(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"prompt,n\n{'a' * 2**20},1\n{'b' * (MAX_LINE_BYTES + 5)},2\nc,3\n")
+    first, second, third = records_of(path)
+    assert first.shown == {"prompt": "a" * 2**20, "n": "1"}
+    assert "longer than" in str(second.error)
+    assert third.shown == {"prompt": "c", "n": "3"}
+
+
+@pytest.mark.parametrize("rest", ["", f"{'d' * 1000},2\n" * 20_000], ids=["short", "long"])
+def test_a_quote_that_is_never_closed_is_told_and_swallows_nothing(
+    tmp_path: Path, rest: str
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f'prompt,n\na,1\nb,"c\n{rest}')
+    rows, told = rows_before_the_error(path)
+    assert rows == [{"prompt": "a", "n": 1}]
+    assert "has a quote in the row of line 3 that isn't closed" in told
+
+
+def test_names_of_columns_that_are_there_twice_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("prompt,n,prompt\na,1,b\n")
+    assert "has the column 'prompt' twice" in rows_before_the_error(path)[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_text_is_a_prompt(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "prompts.txt"
+    lines = ["[INST] é, and so on", "", ' {"not": json}', "a\tb "]
+    path.write_bytes("".join(line + end for line in lines).encode(encoding))
+    found = records_of(path)
+    assert [record.read for record in found] == [{"prompt": line} for line in lines if line]
+    assert [record.number for record in found] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "a"}\n', '[\n{"prompt": "a"}]', "id,prompt\n1,a\n"]
+)
+def test_text_that_is_something_else_is_not_asked_line_by_line(
+    tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(content)
+    assert [record.read["prompt"] for record in records_of(path)] == ["a"]

@@ -88,7 +88,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN . -o out.jsonl", "can't read .: Is a directory"),
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),
-        ("$RUN table.csv -o out.jsonl", "looks like CSV with the columns 'prompt', 'n'"),
+        ("$RUN table.csv -o out.jsonl", "Its columns are 'n', 'question': rename"),
         ("gzip < in.jsonl | head -c 20 | $RUN - -o out.jsonl", "- is gzip that was cut off"),
         (
             "python3 -m zipfile -c in.zip in.jsonl; $RUN in.zip -o out.jsonl",
@@ -108,7 +108,7 @@ def test_what_is_wrong_with_a_file_is_told_before_anything_starts(
 ) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
     write(tmp_path / "wrong.jsonl", {"question": "a"}, {"question": "b"})
-    write(tmp_path / "table.csv", "prompt,n", "a,1")
+    write(tmp_path / "table.csv", "question,n", "a,1")
     write(tmp_path / "notes", "mine")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "soft").symlink_to("in.jsonl")

@@ -53,7 +53,7 @@ class DatasetInput:
                 for record in batch:
                     row = parser.parse(record)
                     num_rows += 1
-                    num_bytes += len(record.raw or b"")
+                    num_bytes += record.num_bytes or len(record.raw or b"")
                     if not isinstance(row.request, RequestError):
                         return
                     if len(seen) < LOOK_AT_ROWS:
@@ -63,9 +63,8 @@ class DatasetInput:
                 if is_enough and not self.source.is_repeatable:
                     break
         if seen:
-            start = self.source.data.start() if self.source.is_repeatable else b""
-            told = why_unreadable(self.source.name, seen, first_lines, num_rows, start)
-            raise DatasetError(told)
+            known = self.source.advice(first_lines)
+            raise DatasetError(why_unreadable(self.source.name, seen, num_rows, known))
 
     async def _first_batches(self) -> AsyncGenerator[list[Record], None]:
         """The first records; of what can be read only once, they come again in `records`."""

@@ -109,7 +109,7 @@ class RecordStream:
         try:
             for record in self._source.records():
                 self._batch.append(record)
-                num_bytes += len(record.raw or b"")
+                num_bytes += record.num_bytes or len(record.raw or b"")
                 if len(self._batch) >= BATCH_ROWS or num_bytes >= BATCH_BYTES:
                     self._hand_over()
                     num_bytes = 0

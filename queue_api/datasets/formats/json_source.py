@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from queue_api.datasets.formats.json_record import JsonRecordReader
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import utf8_blocks
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
+from queue_api.datasets.formats.unreadable import list_in_object
 from queue_api.wire.errors import DatasetError
 
 __all__ = ["JsonSource", "elements_of"]
@@ -41,6 +42,10 @@ class JsonSource(RowSource):
         reader = JsonRecordReader()
         for number, element in enumerate(elements_of(self.data.blocks(), self.name), 1):
             yield reader.read(element, number)
+
+    def advice(self, lines: Sequence[bytes | None]) -> str:
+        is_one = len(lines) == 1 and self.is_repeatable
+        return list_in_object(self.name, self.data.start()) if is_one else ""
 
     def count(self) -> int | None:
         if not self.is_repeatable:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from queue_api.datasets.formats.json_record import JsonRecordReader
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_lines import lines_of
-from queue_api.datasets.formats.unreadable import check_format
+from queue_api.datasets.formats.unreadable import (
+    check_format,
+    list_in_object,
+    what_text_is,
+)
 
 __all__ = ["JsonLinesSource"]
 
@@ -25,6 +29,12 @@ class JsonLinesSource(RowSource):
         reader = JsonRecordReader()
         for number, line in lines_of(self.data.blocks()):
             yield reader.read(line, number)
+
+    def advice(self, lines: Sequence[bytes | None]) -> str:
+        texts = [line for line in lines if line is not None]
+        if texts:
+            return what_text_is(self.name, texts)
+        return list_in_object(self.name, self.data.start()) if self.is_repeatable else ""
 
     def count(self) -> int | None:
         return sum(1 for _ in lines_of(self.data.blocks())) if self.is_repeatable else None

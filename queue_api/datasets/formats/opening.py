@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
+from queue_api.datasets.formats.csv_source import CsvSource
 from queue_api.datasets.formats.json_source import JsonSource
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
@@ -14,10 +15,11 @@ from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import start_in_utf8
+from queue_api.datasets.formats.text_source import TextSource
 
 __all__ = ["FORMATS", "open_sink", "open_source"]
 
-FORMATS: tuple[type[RowSource], ...] = (JsonSource,)
+FORMATS: tuple[type[RowSource], ...] = (TextSource, JsonSource, CsvSource)
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
 
 
@@ -46,6 +48,9 @@ class PipeSource(RowSource):
     def records(self) -> Iterator[Record]:
         self._known = _source_of(self.data)
         yield from self._known.records()
+
+    def advice(self, lines: Sequence[bytes | None]) -> str:
+        return "" if self._known is None else self._known.advice(lines)
 
     def place(self, number: int) -> str:
         return super().place(number) if self._known is None else self._known.place(number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from queue_api.datasets.formats.byte_input import ByteInput
@@ -75,6 +75,14 @@ class RowSource(ABC):
     def place(self, number: int) -> str:
         """What to call the row with that number in a message."""
         return f"{self.unit} {number}"
+
+    def advice(self, lines: Sequence[bytes | None]) -> str:  # noqa: ARG002
+        """What to say of an input none of whose first rows can be read, if it looks like something
+        else than it was taken for; or nothing.
+
+        :param lines: the beginning of each such row's text, as far as they have one
+        """
+        return ""
 
     def count(self) -> int | None:
         """How many rows there are, blank and wrong ones as `records` has them; None if only reading

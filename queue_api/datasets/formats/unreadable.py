@@ -16,7 +16,7 @@ from queue_api.wire.sampling import SAMPLING_FIELDS
 if TYPE_CHECKING:
     from queue_api.datasets.columns import Row
 
-__all__ = ["LINE_BYTES", "check_format", "why_unreadable"]
+__all__ = ["LINE_BYTES", "check_format", "list_in_object", "what_text_is", "why_unreadable"]
 
 MOST_COLUMNS_SHOWN = 20
 LINE_BYTES = 1000
@@ -54,24 +54,15 @@ def check_format(start: bytes, path: Path | str) -> None:
             raise DatasetError(f"{path} is {name}, not JSON Lines: {hint.format(path)}")
 
 
-def why_unreadable(
-    path: Path | str,
-    rows: Sequence[Row],
-    lines: Sequence[bytes | None],
-    num_rows: int,
-    start: bytes,
-) -> str:
+def why_unreadable(path: Path | str, rows: Sequence[Row], num_rows: int, known: str) -> str:
     """What to say of an input none of whose first rows can be read.
 
-    :param lines: the beginning of each row's line
     :param num_rows: how many were looked at; `rows` may be fewer
-    :param start: the first bytes of the input
+    :param known: what its source says that it is
     """
-    texts = [line for line in lines if line is not None]
-    known = _known_text(path, texts)
+    if num_rows == 1 and (told := _list_in(path, rows[0])):
+        return told
     if known and not any(row.columns for row in rows):
-        return known
-    if num_rows == 1 and (known := _list_in(path, rows, texts[0] if texts else start)):
         return known
     columns = sorted({name for row in rows for name in row.columns})
     looked_at = "its row" if num_rows == 1 else f"all {num_rows} rows that were looked at"
@@ -89,41 +80,48 @@ def why_unreadable(
     return told
 
 
-def _list_in(path: Path | str, rows: Sequence[Row], first: bytes) -> str:
-    """What to say of one object that holds the rows in a list."""
-    values = rows[0].columns if rows else {}
+def _list_in(path: Path | str, row: Row) -> str:
     names = [
         name
-        for name, value in values.items()
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+        for name, value in row.columns.items()
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value)
     ]
-    if not values and (found := _LIST_OF_OBJECTS.search(first)):  # too long to be read
-        names = [found[1].decode(errors="replace")]
-    if len(names) != 1:
-        return ""
+    return _take_list(path, names[0]) if len(names) == 1 else ""
+
+
+def list_in_object(path: Path | str, start: bytes) -> str:
+    """What to say of one object that begins so, and is too long for a row, if it holds rows."""
+    found = _LIST_OF_OBJECTS.search(start)
+    return "" if found is None else _take_list(path, found[1].decode(errors="replace"))
+
+
+def _take_list(path: Path | str, name: str) -> str:
     return (
-        f"{path} is one object, whose {names[0]!r} is a list of objects: if those are the rows, "
-        f"write them as a list of their own: jq '.[{json.dumps(names[0])}]' {path}"
+        f"{path} is one object, whose {name!r} is a list of objects: if those are the rows, "
+        f"write them as a list of their own: jq '.[{json.dumps(name)}]' {path}"
     )
 
 
-def _known_text(path: Path | str, lines: Sequence[bytes]) -> str:
-    first = lines[0].strip() if lines else b""
-    if first.startswith(b"{") and len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
-        return (
-            f"{path} has objects over several lines, not one to a line: "
-            f"write one to each line: jq -c . {path}"
-        )
-    if (header := _header(lines)) and not first.startswith(b"{"):
+def what_text_is(path: Path | str, lines: Sequence[bytes]) -> str:
+    """What to say of a text that looks like something else than JSON Lines; or nothing.
+
+    :param lines: the beginning of each of its first lines
+    """
+    first = lines[0].strip()
+    if first.startswith(b"{"):
+        if len(lines) > 1 and not lines[1].lstrip().startswith(b"{"):
+            return (
+                f"{path} has objects over several lines, not one to a line: "
+                f"write one to each line: jq -c . {path}"
+            )
+        return ""
+    if header := _header(lines):
         shown = ", ".join(map(repr, header[:MOST_COLUMNS_SHOWN]))
+        return f"{path} looks like CSV with the columns {shown}: read it as such with --format csv"
+    if first and _is_text(first) and not _is_json(first):
         return (
-            f"{path} looks like CSV with the columns {shown}, not like JSON Lines: write it as "
-            "such: pandas.read_csv(…).to_json(…, orient='records', lines=True)"
-        )
-    if first and not first.startswith(b"{") and _is_text(first) and not _is_json(first):
-        return (
-            f"{path} looks like plain text, not like JSON Lines: write each prompt as "
-            '{"prompt": "…"} on a line of its own'
+            f"{path} looks like plain text: --format txt takes each line for a prompt, "
+            "--format csv takes the first for the columns' names"
         )
     return ""
 
