@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import redis
 from rq.job import JobStatus
@@ -73,8 +73,10 @@ class Answerer:
     async def answering(self) -> AsyncIterator[None]:
         """Answer all that comes while the block lasts."""
 
+        ended = False
+
         async def go_on() -> None:
-            while True:
+            while not ended:
                 await asyncio.to_thread(self.answer)
                 await asyncio.sleep(0.002)
 
@@ -82,7 +84,6 @@ class Answerer:
         try:
             yield
         finally:
-            task.cancel()
-            # it ends by this alone: that it failed must not look like a worker that is slow
-            with suppress(asyncio.CancelledError):
-                await task
+            # not cancelled: the thread would go on, and answer what comes behind the block
+            ended = True
+            await task
