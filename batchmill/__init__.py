@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from queue_api.connection.embedded import EmbeddedRedis
     from queue_api.connection.settings import QueueSettings
+    from queue_api.datasets.layout.layout import Layout
     from queue_api.datasets.run import run_dataset
     from queue_api.datasets.summary import (
         Progress,
@@ -89,6 +90,7 @@ __all__ = [
     "GenerationResult",
     "InvalidRequestError",
     "JobTimings",
+    "Layout",
     "MaxTokensTooLargeError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -130,6 +132,7 @@ _HOMES = {
     "queue_api.client.sync_client": ["SyncClient", "SyncRun"],
     "queue_api.connection.embedded": ["EmbeddedRedis"],
     "queue_api.connection.settings": ["QueueSettings"],
+    "queue_api.datasets.layout.layout": ["Layout"],
     "queue_api.datasets.run": ["run_dataset"],
     "queue_api.datasets.summary": ["Progress", "RunSummary"],
     "queue_api.store.runs": ["RunStatus"],

@@ -88,13 +88,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN . -o out.jsonl", "can't read .: Is a directory"),
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),
-        ("$RUN table.csv -o out.jsonl", "Its columns are 'n', 'question': rename"),
+        (
+            "$RUN table.csv -o out.jsonl",
+            "Its columns are 'n', 'question'; if that is the prompt: --prompt-column",
+        ),
         ("gzip < in.jsonl | head -c 20 | $RUN - -o out.jsonl", "- is gzip that was cut off"),
         (
             "python3 -m zipfile -c in.zip in.jsonl; $RUN in.zip -o out.jsonl",
             "in.zip is a zip archive",
         ),
-        ("$RUN wrong.jsonl -o out.jsonl", "Its columns are 'question': rename"),
+        ("$RUN wrong.jsonl -o out.jsonl", "if that is the prompt: --prompt-column question"),
         ("$RUN in.jsonl -o out.jsonl --fields temprature", "'temprature' isn't a field"),
         (
             "$RUN in.jsonl -o out.jsonl --stop $'\\xff'",

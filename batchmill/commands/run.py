@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from batchmill.commands.engine_options import EngineFlags, worker_engine_options
+from batchmill.commands.layout_options import layout_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
@@ -28,6 +29,7 @@ from batchmill.offline.report import sample_table, summary_table
 from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import RowsFailedError
@@ -39,6 +41,7 @@ __all__ = ["run"]
 
 
 @sampling_options
+@layout_options
 @worker_engine_options
 def run(
     input: Annotated[  # noqa: A002 - the name shown in the help
@@ -49,6 +52,7 @@ def run(
         str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
     ],
     sampling: SamplingParams,
+    layout: Layout,
     engine: EngineFlags,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
@@ -122,6 +126,7 @@ def run(
         window=window,
         model=_model_of(settings) if workers else "",
         fields=fields_of(fields, row_sampling=row_sampling),
+        layout=layout,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         max_errors=ErrorLimit.of(max_errors),

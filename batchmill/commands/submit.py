@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from batchmill.commands.layout_options import layout_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
@@ -24,6 +25,7 @@ from batchmill.commands.options import (
 from queue_api.client.submission import RequestLike
 from queue_api.datasets.columns import RowParser
 from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import run_id_of
 from queue_api.wire.errors import RequestError
 from queue_api.wire.schemas import GenerationResult, SamplingParams
@@ -32,12 +34,14 @@ __all__ = ["submit"]
 
 
 @sampling_options
+@layout_options
 def submit(
     input: Annotated[  # noqa: A002 - the name shown in the help
         str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
     ],
     *,
     sampling: SamplingParams,
+    layout: Layout,
     run: RunId = None,
     queue: QueueName = None,
     chunk_size: ChunkSize = None,
@@ -54,11 +58,18 @@ def submit(
     async def work() -> str:
         data = DatasetInput(input)
         try:
-            await data.look(sampling, names)
+            await data.look(sampling, names, layout)
+            if data.how_read:
+                tell(data.how_read)
             parser = RowParser(
-                sampling, keep_columns=True, warn=tell, fields=names, place=data.source.place
+                sampling,
+                keep_columns=True,
+                warn=tell,
+                fields=names,
+                layout=layout,
+                place=data.source.place,
             )
-            name = run or run_id_of(data.source, "-", sampling)
+            name = run or run_id_of(data.source, "-", sampling, layout)
             async with open_client(redis_url, queue) as client:
                 async with aclosing(_requests(data, parser)) as requests:
                     submitted = await client.submit(requests, name, chunk_size=chunk_size)

@@ -22,6 +22,7 @@ from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
@@ -63,6 +64,8 @@ class OfflineRun:
     """Names the model and how it is loaded, so that runs with others are others."""
     fields: frozenset[str] | None = None
     """The columns that are read as their requests' fields; None: all with the name of one."""
+    layout: Layout = field(default_factory=Layout)
+    """Where in a row its prompt is."""
     retry_errors: bool = False
     redo_changed: bool = False
     max_errors: ErrorLimit | None = None
@@ -76,6 +79,8 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
     """
     _check(job)
     async with _files(job, console) as dataset:
+        if dataset.data.how_read:
+            console.print(dataset.data.how_read, markup=False, highlight=False, soft_wrap=True)
         return await _run(job, dataset, console)
 
 
@@ -88,6 +93,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         run=job.run,
         model=job.model,
         fields=job.fields,
+        layout=job.layout,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
         ordered=job.ordered,

@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from queue_api.client.submission import as_request, default_id, request_id
-from queue_api.datasets.fingerprint import row_fingerprint, unread_fingerprint
+from queue_api.datasets.fingerprint import (
+    made_fingerprint,
+    row_fingerprint,
+    unread_fingerprint,
+)
 from queue_api.datasets.foreign_columns import ColumnNotices
 from queue_api.datasets.formats.record import RawJson, Record
+from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.reader import LayoutReader, Reading
 from queue_api.store.jobs import request_json
 from queue_api.wire.errors import (
     ConfigurationError,
@@ -99,6 +105,7 @@ class RowParser:
     warn: Callable[[str], None] = logger.warning
     fields: frozenset[str] | None = None
     """The columns that are read as the request's; None: all with the name of a field."""
+    layout: Layout = field(default_factory=Layout)
     place: Callable[[int], str] = "line {}".format
     """What to call the row of a record's number."""
     _index: int = 0
@@ -107,7 +114,8 @@ class RowParser:
 
     def __post_init__(self) -> None:
         self._has_numbers_as_ids = False
-        self._taken = REQUEST_COLUMNS if self.fields is None else self.fields
+        taken = REQUEST_COLUMNS if self.fields is None else self.fields
+        self._reader = LayoutReader(self.layout, taken, self.warn)
         self._notices = ColumnNotices(
             self.warn, REQUEST_COLUMNS, told_which=self.fields is not None
         )
@@ -117,71 +125,68 @@ class RowParser:
     def parse(self, found: Record) -> Row:
         """The next row."""
         index, self._index = self._index, self._index + 1
-        mark = self.fingerprint(found)
+        read = self._reader.read(found)
+        mark, shown = self._fingerprint(found, read), self._shown(read.shown)
         try:
-            if found.error is not None:
-                raise found.error
-            request = self._request(found, index)
+            if read.error is not None:
+                raise read.error
+            request = self._request(found, read, index)
             as_json = request_json(request)
         except RequestError as error:
             error = type(error)(f"{self.place(found.number)}: {error}")
-            name = request_id(_with_text_id(found.read), index)
-            return Row(index, self._shown(found), name, error, mark)
-        return Row(index, self._shown(found), request.id, request, mark, as_json)
+            name = request_id(_with_text_id(read.fields), index)
+            return Row(index, shown, name, error, mark)
+        return Row(index, shown, request.id, request, mark, as_json)
 
     def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row's columns travels as metadata."""
         return {
             name: {RAW: str(value)} if isinstance(value, RawJson) else value
             for name, value in columns.items()
-            if name not in self._taken
+            if name not in self._reader.unsent
         }
 
     def fingerprint(self, found: Record) -> str:
         """That of the row which `parse` makes of the record, wherever it is."""
+        return self._fingerprint(found, self._reader.read(found))
+
+    def how_read(self, found: Record) -> str:
+        """Where a record that can be read has its prompt."""
+        return self._reader.how_read(found)
+
+    def _fingerprint(self, found: Record, read: Reading) -> str:
         if found.error is not None:
             return unread_fingerprint(found.raw)
-        own = own_names(self._fields(found.read))
+        own = own_names(read.fields)
         options = {name: value for name, value in self._options.items() if name not in own}
+        if read.is_made:
+            made = {**read.fields, "error": str(read.error)} if read.error else read.fields
+            return made_fingerprint(read.shown, options, made)
         taken = None if self.fields is None else self.fields & found.read.keys()
-        return row_fingerprint(found.shown, options, taken)
+        return row_fingerprint(read.shown, options, taken)
 
-    def _shown(self, found: Record) -> Mapping[str, Any]:
+    def _shown(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """The columns to write. Where ids are numbers, a text for one without would make the
         column one of two types, which readers of tables refuse."""
-        given = found.shown.get("id")
+        given = columns.get("id")
         if given is not None:
             self._has_numbers_as_ids = isinstance(given, int) and not isinstance(given, bool)
         elif self._has_numbers_as_ids:
-            return {"id": RawJson("null"), **{k: v for k, v in found.shown.items() if k != "id"}}
-        return found.shown
+            return {"id": RawJson("null"), **{k: v for k, v in columns.items() if k != "id"}}
+        return columns
 
-    def _fields(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Those that are the request's."""
-        # a table has a null where a row has no value of its own
-        fields = {
-            name: value
-            for name, value in columns.items()
-            if name in self._taken and value is not None
-        }
-        for name in ("logprobs", "prompt_logprobs"):
-            if isinstance(fields.get(name), list):
-                del fields[name]  # those of an output that is used as input again
-        if not isinstance(fields.get("sampling", {}), dict):
-            del fields["sampling"]  # a column of the user's
-        return fields
-
-    def _request(self, found: Record, index: int) -> GenerationRequest:
-        fields = self._fields(found.read)
-        self._notices.look(found.read, fields)
-        if twice := sorted(found.ambiguous & fields.keys()):
+    def _request(self, found: Record, read: Reading, index: int) -> GenerationRequest:
+        fields = {**read.fields}
+        self._notices.look(found.read, read.used)
+        if twice := sorted(found.ambiguous.intersection(read.used)):
             raise InvalidRequestError(f"{twice[0]!r} has an object with a key that is there twice")
-        given = found.read.get("id")
+        given = fields.get("id")
         if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-            raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
+            column = self.layout.id_column or "id"
+            raise InvalidRequestError(f"{column!r} is {given!r:.60}: give a string or an integer")
         fields["id"] = self._id(given, index, found.number)
         if self.keep_columns:
-            fields["metadata"] = self.kept(found.shown)
+            fields["metadata"] = self.kept(read.shown)
             if given is not None and given != fields["id"]:
                 fields["metadata"]["id"] = given
         return as_request(fields, index, self.defaults)

@@ -7,18 +7,14 @@ from contextlib import aclosing
 from pathlib import Path
 
 from queue_api.datasets.columns import Row, RowParser
+from queue_api.datasets.first_look import FirstLook
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.unreadable import LINE_BYTES, why_unreadable
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.record_stream import RecordStream
-from queue_api.wire.errors import DatasetError, RequestError
 from queue_api.wire.schemas import SamplingParams
 
 __all__ = ["DatasetInput"]
-
-LOOK_AT_ROWS = 1000
-LOOK_AT_BYTES = 8 * 2**20
-"""Of what can be read only once so much is held at most, to be looked at."""
 
 
 class DatasetInput:
@@ -31,6 +27,8 @@ class DatasetInput:
         self.source = open_source(path)
         self._ahead: list[list[Record]] = []
         """Batches that were read to look at them."""
+        self.how_read = ""
+        """Where the first row has its prompt, once it was looked at."""
         self._stream: RecordStream | None = None
 
     async def close(self) -> None:
@@ -40,31 +38,33 @@ class DatasetInput:
         self.source.close()
 
     async def look(
-        self, defaults: SamplingParams | None = None, fields: frozenset[str] | None = None
+        self,
+        defaults: SamplingParams | None = None,
+        fields: frozenset[str] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """See that there is a row that can be read; all of a file is looked at to find one.
 
         :raises DatasetError: there are rows and none can be read; says what there is instead
+        :raises DatasetError: the layout names a column that the first rows don't have
         """
-        parser = RowParser(defaults, warn=_say_nothing, fields=fields, place=self.source.place)
-        seen, first_lines, num_rows, num_bytes = list[Row](), list[bytes | None](), 0, 0
+        parser = RowParser(
+            defaults,
+            warn=_say_nothing,
+            fields=fields,
+            layout=layout or Layout(),
+            place=self.source.place,
+        )
+        first = FirstLook(self.source, parser)
         async with aclosing(self._first_batches()) as batches:
             async for batch in batches:
-                for record in batch:
-                    row = parser.parse(record)
-                    num_rows += 1
-                    num_bytes += record.num_bytes or len(record.raw or b"")
-                    if not isinstance(row.request, RequestError):
-                        return
-                    if len(seen) < LOOK_AT_ROWS:
-                        seen.append(row)
-                        first_lines.append(record.raw and record.raw[:LINE_BYTES])
-                is_enough = num_rows >= LOOK_AT_ROWS or num_bytes >= LOOK_AT_BYTES
-                if is_enough and not self.source.is_repeatable:
+                is_done = any(first.take(record) for record in batch)
+                self.how_read = first.how_read
+                if is_done:
+                    return
+                if first.is_enough:
                     break
-        if seen:
-            known = self.source.advice(first_lines)
-            raise DatasetError(why_unreadable(self.source.name, seen, num_rows, known))
+        first.judge()
 
     async def _first_batches(self) -> AsyncGenerator[list[Record], None]:
         """The first records; of what can be read only once, they come again in `records`."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["result_fingerprint", "row_fingerprint", "unread_fingerprint"]
+__all__ = ["made_fingerprint", "result_fingerprint", "row_fingerprint", "unread_fingerprint"]
 
 DIGEST_BYTES = 8
 
@@ -21,6 +21,18 @@ def row_fingerprint(
     :param fields: the columns that count as the request's, where that isn't left to their names
     """
     parts = [columns, options, None if fields is None else sorted(fields)]
+    return _digest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
+
+
+def made_fingerprint(
+    columns: Mapping[str, Any], options: Mapping[str, Any], fields: Mapping[str, Any]
+) -> str:
+    """Of a row whose request was made by a layout, whatever that is.
+
+    :param columns: those that come back
+    :param fields: of the request; rendered
+    """
+    parts = [columns, options, {"fields": fields}]
     return _digest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
 
 

@@ -22,6 +22,7 @@ from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.opening import open_sink, open_source
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.resume import changed_rows, check_makers
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
@@ -56,6 +57,7 @@ class Dataset:
     """Tells the run from others of its name."""
     defaults: SamplingParams | None
     fields: frozenset[str] | None
+    layout: Layout
     warn: Callable[[str], None]
     redo_changed: bool
     ordered: bool = False
@@ -94,8 +96,13 @@ class Dataset:
 
     def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
         """Of the input's rows, from the first."""
-        place = self.data.source.place
-        return RowParser(self.defaults, warn=warn, fields=self.fields, place=place)
+        return RowParser(
+            self.defaults,
+            warn=warn,
+            fields=self.fields,
+            layout=self.layout,
+            place=self.data.source.place,
+        )
 
     async def _drop_other_models(self, now: Collection[Maker]) -> None:
         if rows := check_makers(self.sink, now, redo=self.redo_changed):
@@ -111,6 +118,7 @@ async def open_dataset(
     run: str | None = None,
     model: str = "",
     fields: Collection[str] | None = None,
+    layout: Layout | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
     ordered: bool = False,
@@ -124,19 +132,22 @@ async def open_dataset(
     :raises InvalidRequestError: no request could be sent with these defaults
     """
     names = None if fields is None else check_fields(fields)
+    layout = layout or Layout()
     _check_defaults(defaults)
     data = DatasetInput(input)
     source = data.source
     try:
         _check_apart(source, output)
         sink = open_sink(output)
+        mark = _fingerprint(source, output, defaults, model, layout)
         dataset = Dataset(
             data,
             sink,
-            check_run_id(run) if run is not None else run_id_of(source, output, defaults, model),
-            _fingerprint(source, output, defaults, model),
+            _run_id(source, mark) if run is None else check_run_id(run),
+            mark,
             defaults,
             names,
+            layout,
             warn or logger.warning,
             redo_changed,
             ordered,
@@ -146,7 +157,7 @@ async def open_dataset(
                 raise DatasetError(f"{input} can't be both input and output")
             # scripts read the output whatever the run ended with: of a wrong input it is empty
             dataset.keeps_empty = True
-            await data.look(defaults, names)
+            await data.look(defaults, names, layout)
             await _prepare(dataset, retry_errors=retry_errors)
             dataset.keeps_empty = False
             yield dataset
@@ -167,6 +178,7 @@ async def run_dataset(
     chunk_size: int | None = None,
     window: int = DEFAULT_WINDOW,
     fields: Collection[str] | None = None,
+    layout: Layout | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
@@ -182,6 +194,7 @@ async def run_dataset(
 
     :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
         and `messages`; all others come back untouched. None: all that have the name of a field
+    :param layout: where in a row its prompt is, if not in `prompt` or `messages`
     :param retry_errors: ask again for the rows of the output that have an error
     :param redo_changed: make the rows of the output anew that were made of something else
     :param max_errors: stop when more rows than that have errors, `20`, or a greater share of the
@@ -199,6 +212,7 @@ async def run_dataset(
         defaults=defaults,
         run=run,
         fields=fields,
+        layout=layout,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         ordered=ordered,
@@ -232,23 +246,33 @@ def dataset_run_id(
 
 
 def run_id_of(
-    source: RowSource, output: Path | str, defaults: SamplingParams | None, model: str = ""
+    source: RowSource,
+    output: Path | str,
+    defaults: SamplingParams | None,
+    layout: Layout | None = None,
 ) -> str:
     """The same of an input that is open."""
+    return _run_id(source, _fingerprint(source, output, defaults, "", layout or Layout()))
+
+
+def _run_id(source: RowSource, mark: str) -> str:
     if source.name == "-":
         return f"stdin-{uuid4().hex[:12]}"
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source.name).stem).strip("-_")[:40] or "rows"
-    if not source.is_repeatable:
-        return f"{name}-{uuid4().hex[:12]}"
-    return f"{name}-{_fingerprint(source, output, defaults, model)[:12]}"
+    return f"{name}-{mark[:12] if source.is_repeatable else uuid4().hex[:12]}"
 
 
 def _fingerprint(
-    source: RowSource, output: Path | str, defaults: SamplingParams | None, model: str
+    source: RowSource,
+    output: Path | str,
+    defaults: SamplingParams | None,
+    model: str,
+    layout: Layout,
 ) -> str:
     """Of the files and options. The input's size, time and samples stand for its content."""
     parts = [str(output) if output == "-" else os.path.realpath(output)]
     parts.append((defaults or SamplingParams()).model_dump_json(exclude_unset=True))
+    parts += layout.identity()
     if model:
         parts.append(model)
     if source.name != "-":

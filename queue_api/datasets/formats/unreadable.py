@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from queue_api.datasets.layout.hints import is_chat, which_option
+from queue_api.datasets.layout.layout import quoted
 from queue_api.wire.errors import DatasetError
-from queue_api.wire.foreign_fields import INSTEAD
 from queue_api.wire.sampling import SAMPLING_FIELDS
 
 if TYPE_CHECKING:
@@ -67,13 +68,9 @@ def why_unreadable(path: Path | str, rows: Sequence[Row], num_rows: int, known: 
     columns = sorted({name for row in rows for name in row.columns})
     looked_at = "its row" if num_rows == 1 else f"all {num_rows} rows that were looked at"
     told = f"no row of {path} can be read ({looked_at}): {rows[0].request}"
-    if columns and not {"prompt", "messages"} & set(columns):
-        shown = ", ".join(repr(name)[:80] for name in columns[:MOST_COLUMNS_SHOWN])
-        told += (
-            f". Its columns are {shown}: rename the prompts' to 'prompt', or chats' to 'messages'"
-        )
-        hints = {INSTEAD[name] for name in columns if name in ("body", "inputs", "conversations")}
-        told += "".join(f"; {hint}" for hint in sorted(hints))
+    if columns and not {"prompt", "messages"} & {*columns}:
+        hint = which_option([row.columns for row in rows])
+        told += f". Its columns are {quoted(columns)}; {hint}"
     if sampling := [name for name in columns if name in SAMPLING_FIELDS]:
         shown = ", ".join(map(repr, sampling))
         told += f". If {shown} are columns of yours and no sampling fields: --no-row-sampling"
@@ -84,7 +81,10 @@ def _list_in(path: Path | str, row: Row) -> str:
     names = [
         name
         for name, value in row.columns.items()
-        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value)
+        if isinstance(value, list)
+        and value
+        and all(isinstance(part, dict) for part in value)
+        and not is_chat(value)
     ]
     return _take_list(path, names[0]) if len(names) == 1 else ""
 

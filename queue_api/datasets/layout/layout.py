@@ -1,0 +1,69 @@
+"""Layout: which columns of a row become its request, as the user says it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from queue_api.wire.errors import ConfigurationError
+
+__all__ = ["Layout", "quoted"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in a row its prompt is.
+
+    Without any of it a row has a `prompt` or `messages`, or is a line of OpenAI's batch format.
+
+    :raises ConfigurationError: two of these that exclude each other, or one that is empty
+    """
+
+    prompt_column: str | None = None
+    """The prompts' column, instead of `prompt`."""
+    messages_column: str | None = None
+    """The chats' column, instead of `messages`: a list, or its JSON as a text, of turns with `role`
+    and `content`, or with `from` and `value` as ShareGPT has them. A last turn of the assistant's
+    is left out: it is the answer that is asked for."""
+    id_column: str | None = None
+    """The ids' column, instead of `id`."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in _SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            first, second = (name.replace("_", " ") for name in given[:2])
+            raise ConfigurationError(f"give a {first} or a {second}, not both")
+        for name in ("prompt_column", "messages_column", "id_column"):
+            if getattr(self, name) == "":
+                raise ConfigurationError(f"the {name.replace('_', ' ')} has no name")
+
+    @property
+    def names_prompt(self) -> bool:
+        """True if it says where the prompt is, so that `prompt` and `messages` are columns like
+        any."""
+        return any(getattr(self, name) is not None for name in _SOURCES)
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """Columns that there have to be, and what each is named for."""
+        named = {
+            "the prompt": self.prompt_column,
+            "the messages": self.messages_column,
+            "the id": self.id_column,
+        }
+        return {column: use for use, column in named.items() if column is not None}
+
+    def identity(self) -> list[str]:
+        """What tells it from other layouts; nothing for the default one."""
+        return [] if self == Layout() else [json.dumps(asdict(self), sort_keys=True)]
+
+
+_SOURCES = ("prompt_column", "messages_column")
+"""What may say where the prompt is; one at a time."""
+
+
+def quoted(names: Iterable[object], most: int = 20) -> str:
+    """Names of columns for a message."""
+    shown = [repr(name)[:80] for name in names]
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")

@@ -1,0 +1,158 @@
+"""LayoutReader: a record's columns to the fields of its request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from queue_api.datasets.formats.record import Record
+from queue_api.datasets.layout.conversation import messages_of, without_answer
+from queue_api.datasets.layout.layout import Layout
+from queue_api.wire.errors import InvalidRequestError, RequestError
+
+__all__ = ["LayoutReader", "Reading"]
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a layout makes of a record."""
+
+    shown: Mapping[str, Any]
+    """The columns to write again."""
+    fields: dict[str, Any]
+    """Those of the request; unchecked."""
+    used: Collection[str]
+    """The columns of the record that they are made of."""
+    error: RequestError | None = None
+    """Why there can be no request."""
+    is_made: bool = False
+    """The columns shown don't say what the fields are."""
+
+
+class LayoutReader:
+    """Reads the records of one input, in order.
+
+    :param taken: the columns that are read as fields by their own names
+    """
+
+    def __init__(self, layout: Layout, taken: frozenset[str], warn: Callable[[str], None]) -> None:
+        self._layout = layout
+        self._is_default = layout == Layout()
+        self._warn = warn
+        self._told = set[str]()
+        if layout.names_prompt:
+            taken -= {"prompt", "messages"}
+        if layout.id_column is not None:
+            taken -= {"id"}
+        self._taken = taken
+        sources = {layout.prompt_column, layout.messages_column} - {None}
+        self.unsent: frozenset[str] = frozenset(name for name in {*taken, *sources} if name)
+        """Of the columns shown, those that the request has already, under these or other names."""
+        if layout.id_column is not None:
+            self.unsent |= {"id"}
+
+    def read(self, found: Record) -> Reading:
+        """What the layout makes of a record."""
+        if self._is_default:
+            fields = _request_fields(found.read, self._taken)
+            return Reading(found.shown, fields, fields.keys(), found.error)
+        return self._read(found)
+
+    def how_read(self, found: Record) -> str:
+        """Where a record that can be read has its prompt."""
+        layout = self._layout
+        if (column := layout.prompt_column) is not None:
+            return f"prompt from column {column!r}"
+        if (column := layout.messages_column) is not None:
+            return f"messages from column {column!r}"
+        name = "messages" if found.read.get("messages") is not None else "prompt"
+        return f"{name} from column {name!r}"
+
+    def _read(self, found: Record) -> Reading:
+        fields = _request_fields(found.read, self._taken)
+        reading = Reading(self._shown(found), fields, {*fields}, found.error, is_made=True)
+        layout = self._layout
+        if layout.id_column is not None and (given := found.read.get(layout.id_column)) is not None:
+            fields["id"] = given
+            reading.used = {*reading.used, layout.id_column}
+        if reading.error is None:
+            try:
+                self._find_prompt(found.read, reading)
+            except RequestError as error:
+                reading.error = error
+        return reading
+
+    def _find_prompt(self, columns: Mapping[str, Any], reading: Reading) -> None:
+        """:raises InvalidRequestError: the row has none"""
+        layout, fields = self._layout, reading.fields
+        if (column := layout.prompt_column) is not None:
+            fields["prompt"] = _prompt_of(columns, column)
+        elif (column := layout.messages_column) is not None:
+            messages = messages_of(_value(columns, column), column)
+            fields["messages"] = self._to_answer(messages, fields)
+        if column is not None:
+            reading.used = {*reading.used, column}
+
+    def _to_answer(self, messages: list[Any], fields: Mapping[str, Any]) -> list[Any]:
+        if fields.get("continue_final_message"):
+            return messages
+        shortened = without_answer(messages)
+        if len(shortened) < len(messages):
+            self._tell_once(
+                "chats that end with the assistant's turn are asked without it: the answer is to "
+                "the turn before; 'continue_final_message' in a row continues it instead"
+            )
+        return [*shortened]
+
+    def _shown(self, found: Record) -> Mapping[str, Any]:
+        column = self._layout.id_column
+        if column is None or column == "id":
+            return found.shown
+        # whoever reads the output finds ids as `id`; another column of that name steps aside
+        shown = {"id": found.shown.get(column)}
+        for name, value in found.shown.items():
+            while name in shown:
+                name = f"input_{name}"  # noqa: PLW2901
+            shown[name] = value
+        return shown
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self._warn(message)
+
+
+def _request_fields(columns: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """The columns that are the request's by their names."""
+    # a table has a null where a row has no value of its own
+    fields = {name: value for name, value in columns.items() if name in taken and value is not None}
+    for name in ("logprobs", "prompt_logprobs"):
+        if isinstance(fields.get(name), list):
+            del fields[name]  # those of an output that is used as input again
+    if not isinstance(fields.get("sampling", {}), dict):
+        del fields["sampling"]  # a column of the user's
+    return fields
+
+
+def _value(columns: Mapping[str, Any], column: str) -> Any:
+    """:raises InvalidRequestError: the row has none"""
+    value = columns.get(column)
+    if value is None:
+        what = "is null" if column in columns else "isn't there"
+        raise InvalidRequestError(f"column {column!r} {what}: the row has no prompt")
+    return value
+
+
+def _prompt_of(columns: Mapping[str, Any], column: str) -> Any:
+    """:raises InvalidRequestError: it isn't one"""
+    value = _value(columns, column)
+    if value in ("", []):
+        raise InvalidRequestError(f"column {column!r} is empty: the row has no prompt")
+    if isinstance(value, list) and isinstance(value[0], Mapping):
+        raise InvalidRequestError(
+            f"column {column!r} is a list of objects; if they are messages: --messages-column"
+        )
+    if not isinstance(value, str | list):
+        raise InvalidRequestError(f"column {column!r} is {value!r:.60}: a prompt is a text")
+    return value
