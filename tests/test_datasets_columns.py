@@ -378,7 +378,7 @@ def look(path: Path, **options: Any) -> str:
         (b'{"question": "a"}\n' * 3, "if that is the prompt: --prompt-column question"),
         (b'{"prompt": ""}\n', "line 1: 'prompt' is empty"),
         (b'{"prompt": "a", "n": "x"}\n', "If 'n' are columns of yours"),
-        (b'{"custom_id": "a", "body": {"messages": []}}\n', "of OpenAI's batch format"),
+        (b'{"custom_id": "a", "body": {"messages": []}}\n', "'url' is missing"),
         (b"\x7fELF\x02\x01\xff\n", "can be read"),
         (b"7\n8\n", "not an object but '7'"),
     ],

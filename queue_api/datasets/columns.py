@@ -142,8 +142,7 @@ class RowParser:
         """What of a row's columns travels as metadata."""
         return {
             name: {RAW: str(value)} if isinstance(value, RawJson) else value
-            for name, value in columns.items()
-            if name not in self._reader.unsent
+            for name, value in self._reader.kept(columns).items()
         }
 
     def fingerprint(self, found: Record) -> str:

@@ -9,6 +9,12 @@ from typing import Any
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.layout.conversation import messages_of, without_answer
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.openai_batch import (
+    BATCH_COLUMNS,
+    batch_request,
+    is_batch_line,
+    without_prompt,
+)
 from queue_api.wire.errors import InvalidRequestError, RequestError
 
 __all__ = ["LayoutReader", "Reading"]
@@ -47,17 +53,25 @@ class LayoutReader:
             taken -= {"id"}
         self._taken = taken
         sources = {layout.prompt_column, layout.messages_column} - {None}
-        self.unsent: frozenset[str] = frozenset(name for name in {*taken, *sources} if name)
-        """Of the columns shown, those that the request has already, under these or other names."""
+        self._unsent: frozenset[str] = frozenset(name for name in {*taken, *sources} if name)
+        """Columns shown that the request has already."""
         if layout.id_column is not None:
-            self.unsent |= {"id"}
+            self._unsent |= {"id"}
 
     def read(self, found: Record) -> Reading:
         """What the layout makes of a record."""
+        if "body" in found.read and not self._layout.names_prompt and is_batch_line(found.read):
+            return self._read_batch_line(found)
         if self._is_default:
             fields = _request_fields(found.read, self._taken)
             return Reading(found.shown, fields, fields.keys(), found.error)
         return self._read(found)
+
+    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the columns shown the request hasn't already."""
+        if "body" in columns and is_batch_line(columns):
+            columns = without_prompt(columns)
+        return {name: value for name, value in columns.items() if name not in self._unsent}
 
     def how_read(self, found: Record) -> str:
         """Where a record that can be read has its prompt."""
@@ -66,12 +80,27 @@ class LayoutReader:
             return f"prompt from column {column!r}"
         if (column := layout.messages_column) is not None:
             return f"messages from column {column!r}"
+        if "body" in found.read and is_batch_line(found.read):
+            return f"OpenAI batch lines, the first for {found.read['url']}"
         name = "messages" if found.read.get("messages") is not None else "prompt"
         return f"{name} from column {name!r}"
 
+    def _read_batch_line(self, found: Record) -> Reading:
+        shown = self._shown(found, self._layout.id_column or "custom_id")
+        reading = Reading(shown, {}, BATCH_COLUMNS, found.error, is_made=True)
+        if reading.error is None:
+            try:
+                reading.fields = batch_request(found.read, self._tell_once)
+            except RequestError as error:
+                reading.error = error
+        if (given := found.read.get(self._layout.id_column or "custom_id")) is not None:
+            reading.fields["id"] = given
+        return reading
+
     def _read(self, found: Record) -> Reading:
         fields = _request_fields(found.read, self._taken)
-        reading = Reading(self._shown(found), fields, {*fields}, found.error, is_made=True)
+        shown = self._shown(found, self._layout.id_column or "id")
+        reading = Reading(shown, fields, {*fields}, found.error, is_made=True)
         layout = self._layout
         if layout.id_column is not None and (given := found.read.get(layout.id_column)) is not None:
             fields["id"] = given
@@ -105,9 +134,8 @@ class LayoutReader:
             )
         return [*shortened]
 
-    def _shown(self, found: Record) -> Mapping[str, Any]:
-        column = self._layout.id_column
-        if column is None or column == "id":
+    def _shown(self, found: Record, column: str) -> Mapping[str, Any]:
+        if column == "id":
             return found.shown
         # whoever reads the output finds ids as `id`; another column of that name steps aside
         shown = {"id": found.shown.get(column)}
