@@ -173,7 +173,7 @@ def test_rows_of_outputs_written_before_stay_as_they_are() -> None:
 def test_options_that_exclude_each_other_or_name_nothing_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="a prompt column or a messages column, not both"):
         Layout(prompt_column="a", messages_column="b")
-    with pytest.raises(ConfigurationError, match="the id column has no name"):
+    with pytest.raises(ConfigurationError, match="the id column is empty"):
         Layout(id_column="")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from batchmill.commands.options import option_group
 from queue_api.datasets.layout.layout import Layout
+from queue_api.wire.errors import ConfigurationError
 
 __all__ = ["layout_options"]
 
@@ -28,11 +30,43 @@ _LAYOUT: dict[str, Any] = {
         str | None,
         typer.Option(help="The column with the ids, instead of id.", show_default=False),
     ],
+    "template": Annotated[
+        str | None,
+        typer.Option(
+            help="The prompt as a Jinja template over the columns, such as 'Q: {{ question }}'; "
+            "@FILE reads it from a file.",
+            show_default=False,
+        ),
+    ],
+    "system": Annotated[
+        str | None,
+        typer.Option(
+            help="A system's turn in front of each prompt or chat without one; a template or "
+            "@FILE, too.",
+            show_default=False,
+        ),
+    ],
 }
 
 
 def _layout_of(values: dict[str, Any]) -> Layout:
+    values |= {name: _text_of(name, values[name]) for name in ("template", "system")}
     return Layout(**values)
+
+
+def _text_of(name: str, given: str | None) -> str | None:
+    """What an option says, or the file that it names.
+
+    :raises ConfigurationError: the file can't be read
+    """
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"--{name}: can't read {given[1:]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"--{name}: {given[1:]} isn't text in UTF-8") from None
 
 
 layout_options = option_group("layout", _LAYOUT, _layout_of)

@@ -149,6 +149,11 @@ class RowParser:
         """That of the row which `parse` makes of the record, wherever it is."""
         return self._fingerprint(found, self._reader.read(found))
 
+    @property
+    def template_columns(self) -> frozenset[str]:
+        """The columns that the layout's templates name."""
+        return self._reader.template_columns
+
     def how_read(self, found: Record) -> str:
         """Where a record that can be read has its prompt."""
         return self._reader.how_read(found)

@@ -23,6 +23,7 @@ class FirstLook:
         self._source = source
         self._parser = parser
         self._missing = dict(parser.layout.named_columns)
+        self._undefined = set(parser.template_columns)
         self._columns: dict[str, None] = {}
         self._seen: list[Row] = []
         self._first_lines: list[bytes | None] = []
@@ -37,6 +38,7 @@ class FirstLook:
         self._num_bytes += record.num_bytes or len(record.raw or b"")
         for name in record.read:
             self._missing.pop(name, None)
+            self._undefined.discard(name)
         if self._num_rows <= LOOK_AT_ROWS:
             self._columns |= dict.fromkeys(record.read)
         if not isinstance(row.request, RequestError):
@@ -50,7 +52,8 @@ class FirstLook:
     def is_enough(self) -> bool:
         """True if more rows wouldn't change the judgement, or can't be waited for."""
         is_much = self._num_rows >= LOOK_AT_ROWS
-        if self._missing and self._columns:
+        is_named_wrong = self._missing or (self._undefined and not self.how_read)
+        if is_named_wrong and self._columns:
             return is_much or not self._source.is_repeatable
         is_much = is_much or self._num_bytes >= LOOK_AT_BYTES
         return is_much and not self._source.is_repeatable
@@ -64,6 +67,16 @@ class FirstLook:
         if self._missing and self._columns:
             column, use = next(iter(self._missing.items()))
             raise DatasetError(missing_column(name, column, use, self._columns))
+        if self._undefined and self._columns and not self.how_read:
+            column = min(self._undefined)
+            raise DatasetError(missing_column(name, column, "a template", self._columns))
         if self._seen and not self.how_read:
-            known = self._source.advice(self._first_lines)
-            raise DatasetError(why_unreadable(name, self._seen, self._num_rows, known))
+            raise DatasetError(
+                why_unreadable(
+                    name,
+                    self._seen,
+                    self._num_rows,
+                    self._source.advice(self._first_lines),
+                    knows_prompt=self._parser.layout.names_prompt,
+                )
+            )

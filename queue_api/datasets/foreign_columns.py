@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from queue_api.datasets.layout.hints import instead
 from queue_api.wire.foreign_fields import INSTEAD
 from queue_api.wire.sampling import SAMPLING_FIELDS
 
@@ -55,6 +56,8 @@ class ColumnNotices:
 
     def _hint(self, name: str) -> str:
         plain = name.lower().replace("-", "_")
+        if option := instead(name):
+            return option
         if plain in INSTEAD:
             return INSTEAD[plain]
         if name in self._fields:

@@ -55,20 +55,28 @@ def check_format(start: bytes, path: Path | str) -> None:
             raise DatasetError(f"{path} is {name}, not JSON Lines: {hint.format(path)}")
 
 
-def why_unreadable(path: Path | str, rows: Sequence[Row], num_rows: int, known: str) -> str:
+def why_unreadable(
+    path: Path | str,
+    rows: Sequence[Row],
+    num_rows: int,
+    known: str,
+    *,
+    knows_prompt: bool = False,
+) -> str:
     """What to say of an input none of whose first rows can be read.
 
     :param num_rows: how many were looked at; `rows` may be fewer
     :param known: what its source says that it is
+    :param knows_prompt: the user said where the prompt is
     """
-    if num_rows == 1 and (told := _list_in(path, rows[0])):
+    if num_rows == 1 and not knows_prompt and (told := _list_in(path, rows[0])):
         return told
     if known and not any(row.columns for row in rows):
         return known
     columns = sorted({name for row in rows for name in row.columns})
     looked_at = "its row" if num_rows == 1 else f"all {num_rows} rows that were looked at"
     told = f"no row of {path} can be read ({looked_at}): {rows[0].request}"
-    if columns and not {"prompt", "messages"} & {*columns}:
+    if columns and not knows_prompt and not {"prompt", "messages"} & {*columns}:
         hint = which_option([row.columns for row in rows])
         told += f". Its columns are {quoted(columns)}; {hint}"
     if sampling := [name for name in columns if name in SAMPLING_FIELDS]:

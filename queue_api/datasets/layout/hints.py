@@ -8,8 +8,9 @@ from typing import Any
 
 from queue_api.datasets.layout.layout import quoted
 
-__all__ = ["is_chat", "missing_column", "which_option"]
+__all__ = ["instead", "is_chat", "missing_column", "which_option"]
 
+_SYSTEMS = ("system", "system_prompt", "system_message")
 _CHATS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 _PROMPTS = (
     *("question", "query", "instruction", "inputs", "input", "problem", "text", "content"),
@@ -38,6 +39,16 @@ def which_option(rows: Sequence[Mapping[str, Any]]) -> str:
         "say where the prompt is: --prompt-column NAME, --messages-column NAME or "
         "--template '… {{ NAME }} …'"
     )
+
+
+def instead(column: str) -> str:
+    """Which option reads a column that has no effect; empty if none does, or nobody knows."""
+    plain = column.lower().replace("-", "_")
+    if plain in _SYSTEMS:
+        return f"--system '{{{{ {column} }}}}' sends it"
+    if plain in _CHATS:
+        return f"--messages-column {_shown(column)} reads it"
+    return f"--prompt-column {_shown(column)} reads it" if plain == "inputs" else ""
 
 
 def missing_column(source: str, column: str, use: str, columns: Iterable[str]) -> str:

@@ -28,15 +28,21 @@ class Layout:
     is left out: it is the answer that is asked for."""
     id_column: str | None = None
     """The ids' column, instead of `id`."""
+    template: str | None = None
+    """The prompt as a Jinja template: its variables are the columns, `columns` has all of them. It
+    is rendered in a sandbox, strict about names that aren't there, bounded in steps and size."""
+    system: str | None = None
+    """What a system's turn in front of each row's prompt or messages says, a template, too. A row
+    whose messages begin with such a turn keeps its own; a prompt becomes the user's turn."""
 
     def __post_init__(self) -> None:
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             first, second = (name.replace("_", " ") for name in given[:2])
             raise ConfigurationError(f"give a {first} or a {second}, not both")
-        for name in ("prompt_column", "messages_column", "id_column"):
+        for name in (*_SOURCES, "id_column", "system"):
             if getattr(self, name) == "":
-                raise ConfigurationError(f"the {name.replace('_', ' ')} has no name")
+                raise ConfigurationError(f"the {name.replace('_', ' ')} is empty")
 
     @property
     def names_prompt(self) -> bool:
@@ -59,7 +65,7 @@ class Layout:
         return [] if self == Layout() else [json.dumps(asdict(self), sort_keys=True)]
 
 
-_SOURCES = ("prompt_column", "messages_column")
+_SOURCES = ("prompt_column", "messages_column", "template")
 """What may say where the prompt is; one at a time."""
 
 

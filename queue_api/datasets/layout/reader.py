@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.layout.conversation import messages_of, without_answer
-from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.layout import Layout, quoted
 from queue_api.datasets.layout.openai_batch import (
     BATCH_COLUMNS,
     batch_request,
@@ -16,6 +16,9 @@ from queue_api.datasets.layout.openai_batch import (
     without_prompt,
 )
 from queue_api.wire.errors import InvalidRequestError, RequestError
+
+if TYPE_CHECKING:
+    from queue_api.datasets.layout.template import RowTemplate
 
 __all__ = ["LayoutReader", "Reading"]
 
@@ -55,6 +58,13 @@ class LayoutReader:
         sources = {layout.prompt_column, layout.messages_column} - {None}
         self._unsent: frozenset[str] = frozenset(name for name in {*taken, *sources} if name)
         """Columns shown that the request has already."""
+        self._template = _compiled(layout.template, "the template")
+        self._system = _compiled(layout.system, "the system template")
+        templates = [template for template in (self._template, self._system) if template]
+        self.template_columns: frozenset[str] = frozenset().union(
+            *(template.names for template in templates)
+        )
+        """What the templates name; a row may do without, if they have a default for it."""
         if layout.id_column is not None:
             self._unsent |= {"id"}
 
@@ -80,6 +90,10 @@ class LayoutReader:
             return f"prompt from column {column!r}"
         if (column := layout.messages_column) is not None:
             return f"messages from column {column!r}"
+        if self._template is not None:
+            return (
+                f"prompt from the template, of the columns {quoted(sorted(self._template.names))}"
+            )
         if "body" in found.read and is_batch_line(found.read):
             return f"OpenAI batch lines, the first for {found.read['url']}"
         name = "messages" if found.read.get("messages") is not None else "prompt"
@@ -91,6 +105,7 @@ class LayoutReader:
         if reading.error is None:
             try:
                 reading.fields = batch_request(found.read, self._tell_once)
+                self._add_system(found.read, reading)
             except RequestError as error:
                 reading.error = error
         if (given := found.read.get(self._layout.id_column or "custom_id")) is not None:
@@ -120,8 +135,29 @@ class LayoutReader:
         elif (column := layout.messages_column) is not None:
             messages = messages_of(_value(columns, column), column)
             fields["messages"] = self._to_answer(messages, fields)
+        elif self._template is not None:
+            fields["prompt"] = self._template.render(columns)
+            if not fields["prompt"]:
+                raise InvalidRequestError("the template makes an empty prompt of the row")
         if column is not None:
             reading.used = {*reading.used, column}
+        if self.template_columns:
+            reading.used = {*reading.used, *self.template_columns}
+        self._add_system(columns, reading)
+
+    def _add_system(self, columns: Mapping[str, Any], reading: Reading) -> None:
+        """:raises InvalidRequestError: there can be no such turn"""
+        if self._system is None or not (text := self._system.render(columns)):
+            return
+        fields, turn = reading.fields, {"role": "system", "content": text}
+        if isinstance(messages := fields.get("messages"), list) and messages:
+            if not _is_system(messages[0]):
+                fields["messages"] = [turn, *messages]
+        elif isinstance(prompt := fields.get("prompt"), str) and prompt:
+            del fields["prompt"]
+            fields["messages"] = [turn, {"role": "user", "content": prompt}]
+        elif prompt:
+            raise InvalidRequestError("a prompt of token ids can't have a system's turn")
 
     def _to_answer(self, messages: list[Any], fields: Mapping[str, Any]) -> list[Any]:
         if fields.get("continue_final_message"):
@@ -149,6 +185,19 @@ class LayoutReader:
         if message not in self._told:
             self._told.add(message)
             self._warn(message)
+
+
+def _compiled(source: str | None, what: str) -> RowTemplate | None:
+    """:raises ConfigurationError: it isn't a template"""
+    if source is None:
+        return None
+    from queue_api.datasets.layout.template import RowTemplate
+
+    return RowTemplate(source, what)
+
+
+def _is_system(message: object) -> bool:
+    return isinstance(message, Mapping) and message.get("role") in ("system", "developer")
 
 
 def _request_fields(columns: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
