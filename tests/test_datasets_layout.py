@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,102 @@ def test_rows_of_outputs_written_before_stay_as_they_are() -> None:
     assert fingerprint({"id": "a", "prompt": "p", "x": [1, 2.5]}) == "26bd4913246afea9"
 
 
+COLUMNS = {"id": "i", "a": 1, "b": {"k": None}, "c": 1.10, "prompt": "p"}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"select": ["c", "a"]}, {"id": "i", "c": 1.1, "a": 1}),
+        ({"select": []}, {"id": "i"}),
+        ({"drop": ["a", "prompt"]}, {"id": "i", "b": {"k": None}, "c": 1.1}),
+        ({"select": ["a", "b"], "rename": {"a": "x"}}, {"id": "i", "x": 1, "b": {"k": None}}),
+        (
+            {"select": ["a", "b"], "rename": {"a": "b", "b": "a"}},
+            {"id": "i", "b": 1, "a": COLUMNS["b"]},
+        ),
+        ({"drop": ["b"], "rename": {"a": "b"}}, {"id": "i", "b": 1, "c": 1.1, "prompt": "p"}),
+        ({"select": ["a"], "id_column": "prompt"}, {"id": "p", "a": 1}),
+        ({"select": ["input_id"], "id_column": "prompt"}, {"id": "p", "input_id": "i"}),
+    ],
+)
+def test_the_columns_that_come_back_are_chosen(
+    options: dict[str, Any], shown: dict[str, Any]
+) -> None:
+    (row,) = parse(COLUMNS, **options)
+    assert request(row).prompt == "p"
+    assert dict(row.columns) == shown
+    assert [*row.columns] == [*shown]
+    assert {name: out(row)[name] for name in shown} == shown
+    assert out(row).keys() - shown.keys() == out(parse({"id": "i", "prompt": "p"})[0]).keys() - {
+        "id",
+        "prompt",
+    }
+
+
+def test_a_row_without_an_id_has_its_default_one_whatever_is_selected() -> None:
+    rows = parse({"prompt": "p", "a": 1}, {"prompt": "p", "a": 1}, select=["a"])
+    assert [out(row)["id"] for row in rows] == ["0", "1"]
+
+
+def test_a_wrong_row_comes_back_with_the_chosen_columns_too() -> None:
+    bad, worse = parse(
+        {"a": 1, "b": 2}, '{"a": 1, "b": 2, "c": NaN}', rename={"a": "x"}, drop=["b"]
+    )
+    assert "either 'prompt'" in wrong(bad)
+    assert dict(bad.columns) == dict(worse.columns) == {"x": 1}
+
+
+def test_a_new_name_that_a_row_has_already_is_that_rows_error() -> None:
+    rows = parse({"prompt": "p", "a": 1, "b": 2}, {"prompt": "p", "a": 1}, rename={"a": "b"})
+    assert "column 'a' can't be renamed to 'b': the row has a column of that name" in wrong(rows[0])
+    assert dict(rows[0].columns) == {"prompt": "p", "a": 1, "b": 2}
+    assert dict(rows[1].columns) == {"prompt": "p", "b": 1}
+
+
+def test_renamed_columns_travel_unless_the_request_has_them() -> None:
+    read = parser(prompt_column="q", rename={"q": "question", "x": "seed"}, keep_columns=True)
+    row = read.parse(JsonRecordReader().read(b'{"q": "a", "x": 2, "max_tokens": 3}'))
+    assert request(row).metadata == {"seed": 2}
+    assert request(row).sampling.seed is None
+
+
+def test_dropping_what_a_request_needs_changes_no_request_and_another_row_is_another() -> None:
+    columns = {"prompt": "p", "max_tokens": 3, "a": 1}
+    (row,) = parse(columns, select=[])
+    assert request(row).sampling.max_tokens == 3
+    first = fingerprint(columns, select=[])
+    assert first == fingerprint(columns, drop=[*columns])
+    others = [
+        fingerprint({**columns, "max_tokens": 4}, select=[]),
+        fingerprint({**columns, "prompt": "q"}, select=[]),
+        fingerprint(columns, select=["a"]),
+        fingerprint(columns, select=["a"], rename={"a": "b"}),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+    assert first == fingerprint({**columns, "a": 2}, select=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"select": ["a", "a"]}, "column 'a' is selected twice"),
+        ({"select": ["a", "b"], "drop": ["b"]}, "column 'b' is selected and dropped"),
+        ({"drop": ["id"]}, "found by their 'id': it can't be dropped or renamed"),
+        ({"rename": {"id": "key"}}, "it can't be dropped or renamed"),
+        ({"rename": {"key": "id"}}, "no column can become it but by the id column"),
+        ({"rename": {"a": ""}}, "a column without a name"),
+        ({"rename": {"a": "c", "b": "c"}}, "two columns are renamed to 'c'"),
+        ({"drop": ["a"], "rename": {"a": "b"}}, "'a' is renamed, but doesn't come back"),
+        ({"select": ["b"], "rename": {"a": "b"}}, "'a' is renamed, but doesn't come back"),
+        ({"rename": {"a": "text"}}, "'text' is a column of every output"),
+    ],
+)
+def test_choices_of_columns_that_conflict_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        parser(**options)
+
+
 def test_options_that_exclude_each_other_or_name_nothing_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="a prompt column or a messages column, not both"):
         Layout(prompt_column="a", messages_column="b")
@@ -188,10 +285,13 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
         ({"prompt_column": "qestion"}, "(did you mean 'question'?); their columns are 'question'"),
         ({"messages_column": "talk"}, "no column 'talk', named for the messages"),
         ({"id_column": "uid"}, "no column 'uid', named for the id"),
+        ({"prompt_column": "prompt", "select": ["x"]}, "no column 'x', named for the output"),
+        ({"prompt_column": "prompt", "drop": ["x"]}, "no column 'x', named for the output"),
+        ({"prompt_column": "prompt", "rename": {"x": "y"}}, "no column 'x', named for the output"),
     ],
 )
 def test_a_named_column_that_is_not_there_is_told_with_those_that_are(
-    tmp_path: Path, options: dict[str, str], told: str
+    tmp_path: Path, options: dict[str, Any], told: str
 ) -> None:
     path = write(tmp_path / "in.jsonl", *[{"question": "a", "prompt": "b"}] * 2000)
     assert told in look(path, **options)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,12 +48,50 @@ _LAYOUT: dict[str, Any] = {
             show_default=False,
         ),
     ],
+    "select": Annotated[
+        str | None,
+        typer.Option(
+            help="Columns that come back, such as id,answer. Default: all.", show_default=False
+        ),
+    ],
+    "rename": Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name for a column that comes back: old=new,old=new; may be repeated.",
+            show_default=False,
+        ),
+    ],
+    "drop": Annotated[
+        str | None,
+        typer.Option(help="Columns that don't come back, such as a,b.", show_default=False),
+    ],
 }
 
 
 def _layout_of(values: dict[str, Any]) -> Layout:
+    """:raises ConfigurationError: they don't make sense together, or a file can't be read"""
+    values["select"] = None if values["select"] is None else _names(values["select"])
+    values["drop"] = _names(values["drop"] or "")
+    values["rename"] = _pairs([name for given in values["rename"] or () for name in _names(given)])
     values |= {name: _text_of(name, values[name]) for name in ("template", "system")}
     return Layout(**values)
+
+
+def _names(given: str) -> list[str]:
+    """Names between commas; one with a comma in it stands in double quotes, as in CSV."""
+    return [name.strip() for line in csv.reader([given]) for name in line if name.strip()]
+
+
+def _pairs(given: Sequence[str]) -> dict[str, str]:
+    """:raises ConfigurationError: one isn't old=new"""
+    pairs: dict[str, str] = {}
+    for pair in given:
+        old, equals, new = pair.partition("=")
+        if not equals or not old or not new:
+            raise ConfigurationError(f"--rename {pair!r}: write old=new")
+        if pairs.setdefault(old, new) != new:
+            raise ConfigurationError(f"column {old!r} is renamed twice")
+    return pairs
 
 
 def _text_of(name: str, given: str | None) -> str | None:

@@ -114,6 +114,10 @@ class RowParser:
 
     def __post_init__(self) -> None:
         self._has_numbers_as_ids = False
+        if names := sorted({*self.layout.rename.values()} & {*OUTPUT_COLUMNS}):
+            raise ConfigurationError(
+                f"{names[0]!r} is a column of every output: rename to something else"
+            )
         taken = REQUEST_COLUMNS if self.fields is None else self.fields
         self._reader = LayoutReader(self.layout, taken, self.warn)
         self._notices = ColumnNotices(
@@ -126,7 +130,7 @@ class RowParser:
         """The next row."""
         index, self._index = self._index, self._index + 1
         read = self._reader.read(found)
-        mark, shown = self._fingerprint(found, read), self._shown(read.shown)
+        mark, shown = self._fingerprint(found, read), self._with_null_id(read.shown)
         try:
             if read.error is not None:
                 raise read.error
@@ -154,6 +158,10 @@ class RowParser:
         """The columns that the layout's templates name."""
         return self._reader.template_columns
 
+    def shown(self, found: Record) -> Mapping[str, Any]:
+        """The columns of a record that come back."""
+        return self._reader.read(found).shown
+
     def how_read(self, found: Record) -> str:
         """Where a record that can be read has its prompt."""
         return self._reader.how_read(found)
@@ -169,7 +177,7 @@ class RowParser:
         taken = None if self.fields is None else self.fields & found.read.keys()
         return row_fingerprint(read.shown, options, taken)
 
-    def _shown(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_null_id(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
         """The columns to write. Where ids are numbers, a text for one without would make the
         column one of two types, which readers of tables refuse."""
         given = columns.get("id")

@@ -164,7 +164,7 @@ class DatasetRun:
         row = self._parser.parse(record)
         if row.index in self._sink:
             if self._sink.has_other(row.index, row.fingerprint):
-                raise other_row(self._sink, row.index, record)
+                raise other_row(self._sink, row.index, row.columns)
             self._chunks.skip(row.index)
         elif (raw := self._early.pop(row.index, None)) is not None:
             self._chunks.skip(row.index)

@@ -31,7 +31,7 @@ def changed_rows(
             return changed
         if sink.has_other(index, parser.fingerprint(record)):
             if not redo and not sink.has_error(index):
-                raise other_row(sink, index, record)
+                raise other_row(sink, index, parser.shown(record))
             changed.add(index)
         index += 1
     for row in range(index, sink.end):
@@ -42,13 +42,16 @@ def changed_rows(
     return changed
 
 
-def other_row(sink: RowSink, index: int, record: Record) -> DatasetError:
-    """What to say of a row of the output that was made of something else."""
+def other_row(sink: RowSink, index: int, columns: Mapping[str, object]) -> DatasetError:
+    """What to say of a row of the output that was made of something else.
+
+    :param columns: those that would come back now
+    """
     written = sink.find(index)
     if written is None or not written.fingerprint:
         what = "doesn't say what it was made of (it has no 'fingerprint')"
     else:
-        what = _difference(record.shown, written.columns)
+        what = _difference(columns, written.columns)
     return DatasetError(
         f"the output belongs to another input or other options: its row {index} {what}; {WAYS_OUT}"
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from queue_api.wire.errors import ConfigurationError
 
@@ -35,6 +36,13 @@ class Layout:
     """What a system's turn in front of each row's prompt or messages says, a template, too. A row
     whose messages begin with such a turn keeps its own; a prompt becomes the user's turn."""
 
+    select: Sequence[str] | None = None
+    """The columns that come back, in this order, besides `id`; None: all."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Other names for columns that come back, by the ones they have."""
+    drop: Sequence[str] = ()
+    """Columns that don't come back."""
+
     def __post_init__(self) -> None:
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
@@ -43,6 +51,27 @@ class Layout:
         for name in (*_SOURCES, "id_column", "system"):
             if getattr(self, name) == "":
                 raise ConfigurationError(f"the {name.replace('_', ' ')} is empty")
+        self._check_shown()
+
+    def _check_shown(self) -> None:
+        for what, names in (("selected", self.select or ()), ("dropped", self.drop)):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ConfigurationError(f"column {twice[0]!r} is {what} twice")
+        if both := sorted({*(self.select or ())} & {*self.drop}):
+            raise ConfigurationError(f"column {both[0]!r} is selected and dropped")
+        for name in ("id", ""):
+            if name in (*self.drop, *self.rename, *self.rename.values()):
+                raise ConfigurationError(
+                    "rows are found by their 'id': it can't be dropped or renamed, and no column "
+                    "can become it but by the id column"
+                    if name
+                    else "a column without a name can't be dropped or renamed, nor become one"
+                )
+        for old, new in self.rename.items():
+            if old in self.drop or (self.select is not None and old not in self.select):
+                raise ConfigurationError(f"column {old!r} is renamed, but doesn't come back")
+            if [*self.rename.values()].count(new) > 1:
+                raise ConfigurationError(f"two columns are renamed to {new!r}")
 
     @property
     def names_prompt(self) -> bool:
@@ -58,11 +87,13 @@ class Layout:
             "the messages": self.messages_column,
             "the id": self.id_column,
         }
-        return {column: use for use, column in named.items() if column is not None}
+        columns = dict.fromkeys((*(self.select or ()), *self.rename, *self.drop), "the output")
+        columns.pop("id", None)
+        return columns | {column: use for use, column in named.items() if column is not None}
 
     def identity(self) -> list[str]:
         """What tells it from other layouts; nothing for the default one."""
-        return [] if self == Layout() else [json.dumps(asdict(self), sort_keys=True)]
+        return [] if self == Layout() else [json.dumps(asdict(self), sort_keys=True, default=list)]
 
 
 _SOURCES = ("prompt_column", "messages_column", "template")

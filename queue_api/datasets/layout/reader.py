@@ -15,6 +15,7 @@ from queue_api.datasets.layout.openai_batch import (
     is_batch_line,
     without_prompt,
 )
+from queue_api.datasets.layout.shown_columns import ShownColumns
 from queue_api.wire.errors import InvalidRequestError, RequestError
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ class LayoutReader:
         """What the templates name; a row may do without, if they have a default for it."""
         if layout.id_column is not None:
             self._unsent |= {"id"}
+        self._columns = ShownColumns(layout)
+        renamed = {layout.rename.get(name, name) for name in self._unsent}
+        self._unsent = frozenset(renamed - {*layout.rename.values()}) | {
+            new for old, new in layout.rename.items() if old in self._unsent
+        }
 
     def read(self, found: Record) -> Reading:
         """What the layout makes of a record."""
@@ -100,32 +106,37 @@ class LayoutReader:
         return f"{name} from column {name!r}"
 
     def _read_batch_line(self, found: Record) -> Reading:
-        shown = self._shown(found, self._layout.id_column or "custom_id")
-        reading = Reading(shown, {}, BATCH_COLUMNS, found.error, is_made=True)
+        column = self._layout.id_column or "custom_id"
+        reading = self._begun(found, {}, column)
+        reading.used = BATCH_COLUMNS
         if reading.error is None:
             try:
-                reading.fields = batch_request(found.read, self._tell_once)
+                reading.fields |= batch_request(found.read, self._tell_once)
                 self._add_system(found.read, reading)
             except RequestError as error:
                 reading.error = error
-        if (given := found.read.get(self._layout.id_column or "custom_id")) is not None:
-            reading.fields["id"] = given
         return reading
 
     def _read(self, found: Record) -> Reading:
         fields = _request_fields(found.read, self._taken)
-        shown = self._shown(found, self._layout.id_column or "id")
-        reading = Reading(shown, fields, {*fields}, found.error, is_made=True)
-        layout = self._layout
-        if layout.id_column is not None and (given := found.read.get(layout.id_column)) is not None:
-            fields["id"] = given
-            reading.used = {*reading.used, layout.id_column}
+        reading = self._begun(found, fields, self._layout.id_column or "id")
         if reading.error is None:
             try:
                 self._find_prompt(found.read, reading)
             except RequestError as error:
                 reading.error = error
         return reading
+
+    def _begun(self, found: Record, fields: dict[str, Any], id_column: str) -> Reading:
+        """What a row is read as, but for its prompt."""
+        shown, error = _with_id(found.shown, id_column), found.error
+        try:
+            shown = self._columns.of(shown)
+        except InvalidRequestError as conflict:
+            shown, error = self._columns.chosen(shown), error or conflict
+        if (given := found.read.get(id_column)) is not None:
+            fields["id"] = given
+        return Reading(shown, fields, {*fields, id_column}, error, is_made=True)
 
     def _find_prompt(self, columns: Mapping[str, Any], reading: Reading) -> None:
         """:raises InvalidRequestError: the row has none"""
@@ -170,17 +181,6 @@ class LayoutReader:
             )
         return [*shortened]
 
-    def _shown(self, found: Record, column: str) -> Mapping[str, Any]:
-        if column == "id":
-            return found.shown
-        # whoever reads the output finds ids as `id`; another column of that name steps aside
-        shown = {"id": found.shown.get(column)}
-        for name, value in found.shown.items():
-            while name in shown:
-                name = f"input_{name}"  # noqa: PLW2901
-            shown[name] = value
-        return shown
-
     def _tell_once(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
@@ -194,6 +194,18 @@ def _compiled(source: str | None, what: str) -> RowTemplate | None:
     from queue_api.datasets.layout.template import RowTemplate
 
     return RowTemplate(source, what)
+
+
+def _with_id(columns: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """The columns with the id as `id`; another column of that name steps aside."""
+    if column == "id":
+        return columns
+    shown = {"id": columns.get(column)}
+    for name, value in columns.items():
+        while name in shown:
+            name = f"input_{name}"  # noqa: PLW2901
+        shown[name] = value
+    return shown
 
 
 def _is_system(message: object) -> bool:
