@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from queue_api.connection.embedded import EmbeddedRedis
     from queue_api.connection.settings import QueueSettings
     from queue_api.datasets.layout.layout import Layout
+    from queue_api.datasets.row_selection import RowSelection
     from queue_api.datasets.run import run_dataset
     from queue_api.datasets.summary import (
         Progress,
@@ -106,6 +107,7 @@ __all__ = [
     "RequestError",
     "RequestOutOfMemoryError",
     "RequestTooLargeError",
+    "RowSelection",
     "RowsFailedError",
     "Run",
     "RunIncompleteError",
@@ -133,6 +135,7 @@ _HOMES = {
     "queue_api.connection.embedded": ["EmbeddedRedis"],
     "queue_api.connection.settings": ["QueueSettings"],
     "queue_api.datasets.layout.layout": ["Layout"],
+    "queue_api.datasets.row_selection": ["RowSelection"],
     "queue_api.datasets.run": ["run_dataset"],
     "queue_api.datasets.summary": ["Progress", "RunSummary"],
     "queue_api.store.runs": ["RunStatus"],

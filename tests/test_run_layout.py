@@ -140,6 +140,21 @@ def test_openai_batch_lines_are_answered_by_themselves(batchmill: Run, tmp_path:
     assert done.stderr.count("this run's model answers them") == 1
 
 
+def test_some_rows_are_asked_for_and_the_rest_later(batchmill: Run, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", *[{"prompt": f"p{i}"} for i in range(50)])
+    line = ["run", "in.jsonl", "-o", "out.jsonl"]
+    done = batchmill(*line, "--sample", "20%", "--shuffle", "--limit", "5", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    first = rows_of(tmp_path / "out.jsonl")
+    assert len(first) == 5
+    done = batchmill(*line, "--sample", "20", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    second = rows_of(tmp_path / "out.jsonl")
+    assert len(second) == 20
+    assert [row for row in second if row in first] == first
+    assert all(echoed(row) == f"p{row['row']}" for row in second)
+
+
 def test_submit_takes_the_same_options(
     batchmill: Run, tmp_path: Path, server: Any, connection: redis.Redis
 ) -> None:
@@ -180,6 +195,8 @@ def test_submit_takes_the_same_options(
         (["--prompt-column", "question", "--rename", "key=text"], "'text' is a column of every"),
         (["--prompt-column", "question", "--select", "answer,nothing"], "no column 'nothing'"),
         (["--prompt-column", "question", "--drop", "id"], "it can't be dropped"),
+        (["--sample", "x"], "--sample 'x': give a number of rows or a percentage"),
+        (["--sample", "0%", "--shuffle"], "the sample is 0%"),
         ([], "if that is the prompt: --prompt-column question"),
     ],
 )
@@ -188,7 +205,9 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_starts(
 ) -> None:
     write(tmp_path / "in.jsonl", *ROWS)
     (tmp_path / "latin").write_bytes(b"\xe9")
-    is_of_submit = len(options) == 2  # both have the same, so that half of them each will do
+    is_of_submit = (
+        len(options) == 2 and options[0] != "--sample"
+    )  # both have the same, so that half of them each will do
     line = ["submit", "in.jsonl"] if is_of_submit else ["run", "in.jsonl", "-o", "out.jsonl"]
     done = batchmill(*line, *options, REDIS_URL="unix:///none")
     assert done.returncode == 2, done.stderr

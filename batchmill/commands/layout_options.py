@@ -1,4 +1,4 @@
-"""The command line's options about where in a row its prompt is."""
+"""The command line's options about where in a row its prompt is, and which rows are asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import typer
 
 from batchmill.commands.options import option_group
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.row_selection import RowSelection
 from queue_api.wire.errors import ConfigurationError
 
-__all__ = ["layout_options"]
+__all__ = ["layout_options", "selection_options"]
 
 _LAYOUT: dict[str, Any] = {
     "prompt_column": Annotated[
@@ -68,6 +69,25 @@ _LAYOUT: dict[str, Any] = {
 }
 
 
+_SELECTION: dict[str, Any] = {
+    "limit": Annotated[
+        int | None, typer.Option(min=1, help="Ask for so many rows only.", show_default=False)
+    ],
+    "sample": Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|P%",
+            help="Ask for N rows, or for about P% of them, drawn at random by --seed.",
+            show_default=False,
+        ),
+    ],
+    "shuffle": Annotated[
+        bool,
+        typer.Option("--shuffle", help="Ask in another order, drawn at random by --seed."),
+    ],
+}
+
+
 def _layout_of(values: dict[str, Any]) -> Layout:
     """:raises ConfigurationError: they don't make sense together, or a file can't be read"""
     values["select"] = None if values["select"] is None else _names(values["select"])
@@ -111,3 +131,25 @@ def _text_of(name: str, given: str | None) -> str | None:
 
 layout_options = option_group("layout", _LAYOUT, _layout_of)
 """Give a command options of a layout; it gets them as one `layout` parameter."""
+
+
+def _selection_of(values: dict[str, Any]) -> RowSelection:
+    """:raises ConfigurationError: the sample is neither a number nor a percentage"""
+    given = (values["sample"] or "").strip()
+    try:
+        percent = float(given[:-1]) if given.endswith("%") else None
+        number = int(given) if given and percent is None else None
+    except ValueError:
+        raise ConfigurationError(
+            f"--sample {given!r}: give a number of rows or a percentage, such as 100 or 5%"
+        ) from None
+    return RowSelection(
+        limit=values["limit"],
+        sample=number,
+        sample_percent=percent,
+        shuffle=values["shuffle"],
+    )
+
+
+selection_options = option_group("selection", _SELECTION, _selection_of)
+"""Give a command options of which rows are asked for; it gets them as one `selection` parameter."""

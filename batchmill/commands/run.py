@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 
 from batchmill.commands.engine_options import EngineFlags, worker_engine_options
-from batchmill.commands.layout_options import layout_options
+from batchmill.commands.layout_options import layout_options, selection_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
@@ -30,6 +31,7 @@ from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import RowsFailedError
@@ -42,6 +44,7 @@ __all__ = ["run"]
 
 @sampling_options
 @layout_options
+@selection_options
 @worker_engine_options
 def run(
     input: Annotated[  # noqa: A002 - the name shown in the help
@@ -53,6 +56,7 @@ def run(
     ],
     sampling: SamplingParams,
     layout: Layout,
+    selection: RowSelection,
     engine: EngineFlags,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
@@ -127,6 +131,7 @@ def run(
         model=_model_of(settings) if workers else "",
         fields=fields_of(fields, row_sampling=row_sampling),
         layout=layout,
+        selection=replace(selection, seed=sampling.seed or 0),
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         max_errors=ErrorLimit.of(max_errors),

@@ -23,6 +23,7 @@ from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
@@ -66,6 +67,8 @@ class OfflineRun:
     """The columns that are read as their requests' fields; None: all with the name of one."""
     layout: Layout = field(default_factory=Layout)
     """Where in a row its prompt is."""
+    selection: RowSelection | None = None
+    """Which rows are asked for; None: all."""
     retry_errors: bool = False
     redo_changed: bool = False
     max_errors: ErrorLimit | None = None
@@ -94,6 +97,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         model=job.model,
         fields=job.fields,
         layout=job.layout,
+        selection=job.selection,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
         ordered=job.ordered,

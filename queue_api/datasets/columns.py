@@ -84,7 +84,7 @@ class Row:
     """One row of the input."""
 
     index: int
-    """Its place in the input, from 0; blank lines don't count."""
+    """Its place among the rows that are asked for, from 0; blank lines don't count."""
     columns: Mapping[str, Any]
     """As they came, but for those that can't be written."""
     id: str
@@ -92,6 +92,8 @@ class Row:
     fingerprint: str = ""
     as_json: bytes | None = None
     """The request in that form."""
+    number: int = -1
+    """Its place in the input, from 0: its index, unless rows were chosen."""
 
 
 @dataclass
@@ -129,18 +131,19 @@ class RowParser:
     def parse(self, found: Record) -> Row:
         """The next row."""
         index, self._index = self._index, self._index + 1
+        number = index if found.row is None else found.row
         read = self._reader.read(found)
         mark, shown = self._fingerprint(found, read), self._with_null_id(read.shown)
         try:
             if read.error is not None:
                 raise read.error
-            request = self._request(found, read, index)
+            request = self._request(found, read, number)
             as_json = request_json(request)
         except RequestError as error:
             error = type(error)(f"{self.place(found.number)}: {error}")
-            name = request_id(_with_text_id(read.fields), index)
-            return Row(index, shown, name, error, mark)
-        return Row(index, shown, request.id, request, mark, as_json)
+            name = request_id(_with_text_id(read.fields), number)
+            return Row(index, shown, name, error, mark, number=number)
+        return Row(index, shown, request.id, request, mark, as_json, number)
 
     def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row's columns travels as metadata."""
@@ -226,16 +229,21 @@ class RowParser:
 
 
 def output_row(
-    columns: Mapping[str, Any], result: GenerationResult, fingerprint: str = ""
+    columns: Mapping[str, Any],
+    result: GenerationResult,
+    fingerprint: str = "",
+    number: int | None = None,
 ) -> dict[str, Any]:
     """The row to write: the input's columns as they came, then the result's.
 
     A column has values of one type, an empty one where there is nothing to say: readers of tables
     take the first rows for an example of all. An input column with the name of one of
     OUTPUT_COLUMNS (from an output file used as input, say) is kept as `input_<name>`.
+
+    :param number: the row's place in the input, if that isn't the request's in its run
     """
     row = _input_columns(columns, result)
-    row["row"] = result.index
+    row["row"] = result.index if number is None else number
     row["text"] = result.text
     if result.token_ids is not None:
         row["token_ids"] = result.token_ids

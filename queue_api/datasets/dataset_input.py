@@ -6,12 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
+from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import Row, RowParser
 from queue_api.datasets.first_look import FirstLook
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.record_stream import RecordStream
+from queue_api.datasets.row_selection import RowSelection
+from queue_api.wire.errors import DatasetError
 from queue_api.wire.schemas import SamplingParams
 
 __all__ = ["DatasetInput"]
@@ -23,13 +26,25 @@ class DatasetInput:
     :raises DatasetError: it can't be opened
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, selection: RowSelection | None = None) -> None:
         self.source = open_source(path)
+        """All of the input's rows."""
+        self.chosen = self.source
+        """Those that are asked for."""
+        if selection is not None and not selection.is_all:
+            self._choose(selection)
         self._ahead: list[list[Record]] = []
         """Batches that were read to look at them."""
         self.how_read = ""
         """Where the first row has its prompt, once it was looked at."""
         self._stream: RecordStream | None = None
+
+    def _choose(self, selection: RowSelection) -> None:
+        try:
+            self.chosen = ChosenSource(self.source, selection)
+        except DatasetError:
+            self.source.close()
+            raise
 
     async def close(self) -> None:
         """Let go of the input."""
@@ -71,7 +86,7 @@ class DatasetInput:
         if self.source.is_repeatable:
             stream = RecordStream(self.source)
         else:
-            stream = self._stream = self._stream or RecordStream(self.source)
+            stream = self._stream = self._stream or RecordStream(self.chosen)
         try:
             async with aclosing(stream.batches()) as batches:
                 async for batch in batches:
@@ -89,7 +104,7 @@ class DatasetInput:
         """
         while self._ahead:
             yield self._ahead.pop(0)
-        self._stream = self._stream or RecordStream(self.source)
+        self._stream = self._stream or RecordStream(self.chosen)
         async with aclosing(self._stream.batches()) as batches:
             async for batch in batches:
                 yield batch

@@ -21,6 +21,7 @@ from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.in_order import InOrder
 from queue_api.datasets.resume import no_such_row, other_model, other_row
+from queue_api.datasets.row_numbers import RowNumbers
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
@@ -76,10 +77,11 @@ class DatasetRun:
         self._opened = opened
         self._input = data
         self._sink = sink
+        self._numbers = RowNumbers(data)
         self._parser = parser
         self._window = max(window, opened.chunk_size)
         self._errors = ErrorWatch(limit, sink.errors)
-        self._in_order = InOrder(sink.__contains__) if ordered else None
+        self._in_order = InOrder(self._is_written) if ordered else None
         self._makers = sink.makers
         """Models that made rows of the output."""
         self._allowed = {*makers, *sink.makers}
@@ -118,8 +120,7 @@ class DatasetRun:
 
         :raises DatasetError: the input can't be read to its end; the rows before are written
         """
-        self.summary.resumed = self._sink.rows
-        self.summary.errors_before = self._sink.errors
+        self.summary.resumed, self.summary.errors_before = self._numbers.written(self._sink)
         subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -142,7 +143,7 @@ class DatasetRun:
         return self.summary
 
     async def _count(self) -> None:
-        self._counted = await asyncio.to_thread(_count_rows, self._input.source)
+        self._counted = await asyncio.to_thread(_count_rows, self._input.chosen)
 
     async def _feed(self, subscription: Subscription) -> None:
         total = 0
@@ -162,9 +163,10 @@ class DatasetRun:
     async def _take(self, record: Record, subscription: Subscription) -> None:
         """Send the next row, unless its text is there already."""
         row = self._parser.parse(record)
-        if row.index in self._sink:
-            if self._sink.has_other(row.index, row.fingerprint):
-                raise other_row(self._sink, row.index, row.columns)
+        self._numbers.note(row)
+        if row.number in self._sink:
+            if self._sink.has_other(row.number, row.fingerprint):
+                raise other_row(self._sink, row.number, row.columns)
             self._chunks.skip(row.index)
         elif (raw := self._early.pop(row.index, None)) is not None:
             self._chunks.skip(row.index)
@@ -183,6 +185,8 @@ class DatasetRun:
             self._broken = error
 
     def _check_end(self, total: int) -> None:
+        if not self._numbers.is_all:
+            return  # other rows than these may have been asked for before
         for row in range(total, self._sink.end):
             if row in self._sink:
                 raise no_such_row(row, total)
@@ -220,7 +224,9 @@ class DatasetRun:
         lost = [
             index
             for index in range(first, (first // size + 1) * size)
-            if index in self._opened.done and index not in self._sink and index not in self._early
+            if index in self._opened.done
+            and index not in self._early
+            and not self._is_written(index)
         ]
         if lost:
             await self._store.reopen(self._opened.run, lost)
@@ -279,9 +285,13 @@ class DatasetRun:
         for _, index, raw in entries:
             if (row := self._pending.pop(index, None)) is not None:
                 answered.append((row, raw))
-            elif index not in self._sink and self._may_be_early(index):
+            elif not self._is_written(index) and self._may_be_early(index):
                 self._early[index] = raw
         return answered
+
+    def _is_written(self, index: int) -> bool:
+        number = self._numbers.of(index)
+        return number is not None and number in self._sink
 
     def _may_be_early(self, index: int) -> bool:
         """Whether an earlier life may have asked for it, and its row is still to be read."""
@@ -294,8 +304,8 @@ class DatasetRun:
             self._check_maker(result)
             self.summary.add(result)
             self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
-            made = output_row(row.columns, result, row.fingerprint)
-            rows.append(MadeRow(row.index, row.fingerprint, made))
+            made = output_row(row.columns, result, row.fingerprint, row.number)
+            rows.append(MadeRow(row.number, row.fingerprint, made))
         await asyncio.to_thread(self._sink.append, rows)
         self._tell()
         self._check_errors()
@@ -324,7 +334,7 @@ class DatasetRun:
         self._told_at = now
         self._listener(
             Progress(
-                done=self._sink.rows,
+                done=self.summary.resumed + self.summary.rows,
                 total=self._total if self._total is not None else self._counted,
                 errors=self.summary.errors,
                 completion_tokens=self.summary.completion_tokens,

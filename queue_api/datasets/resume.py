@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from queue_api.datasets.columns import OUTPUT_COLUMNS, RowParser
 from queue_api.datasets.formats.maker import Maker
@@ -11,7 +11,14 @@ from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.store.bitmap import Bitmap
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["changed_rows", "check_makers", "no_such_row", "other_model", "other_row"]
+__all__ = [
+    "changed_rows",
+    "check_chosen",
+    "check_makers",
+    "no_such_row",
+    "other_model",
+    "other_row",
+]
 
 WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose another output file"
 
@@ -40,6 +47,22 @@ def changed_rows(
                 raise no_such_row(row, index)
             changed.add(row)
     return changed
+
+
+def check_chosen(changed: Bitmap, sink: RowSink, is_chosen: Callable[[int], bool]) -> None:
+    """See that all rows that changed are among those that are asked for now.
+
+    :raises DatasetError: one isn't: nobody would make it anew
+    """
+    if not len(changed):
+        return
+    for row in range(sink.end):
+        if row in changed and not is_chosen(row):
+            raise DatasetError(
+                f"row {row} of the output belongs to another input or other options, and isn't "
+                "among the rows that are chosen now: make it anew without --limit and --sample, or "
+                "choose another output file"
+            )
 
 
 def other_row(sink: RowSink, index: int, columns: Mapping[str, object]) -> DatasetError:

@@ -23,13 +23,20 @@ from queue_api.datasets.formats.opening import open_sink, open_source
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.layout.layout import Layout
-from queue_api.datasets.resume import changed_rows, check_makers
+from queue_api.datasets.resume import changed_rows, check_chosen, check_makers
+from queue_api.datasets.row_numbers import chosen_rows
+from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.jobs import request_json
 from queue_api.store.run_store import parse_result
 from queue_api.store.runs import check_run_id
-from queue_api.wire.errors import DatasetError, InvalidRequestError, RedisAuthError
+from queue_api.wire.errors import (
+    ConfigurationError,
+    DatasetError,
+    InvalidRequestError,
+    RedisAuthError,
+)
 from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
 __all__ = [
@@ -119,6 +126,7 @@ async def open_dataset(
     model: str = "",
     fields: Collection[str] | None = None,
     layout: Layout | None = None,
+    selection: RowSelection | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
     ordered: bool = False,
@@ -133,13 +141,15 @@ async def open_dataset(
     """
     names = None if fields is None else check_fields(fields)
     layout = layout or Layout()
+    if ordered and selection is not None and selection.shuffle:
+        raise ConfigurationError("--ordered is the input's order, --shuffle another: give one")
     _check_defaults(defaults)
-    data = DatasetInput(input)
+    data = DatasetInput(input, selection)
     source = data.source
     try:
         _check_apart(source, output)
         sink = open_sink(output)
-        mark = _fingerprint(source, output, defaults, model, layout)
+        mark = _fingerprint(data.chosen, output, defaults, model, layout)
         dataset = Dataset(
             data,
             sink,
@@ -179,6 +189,7 @@ async def run_dataset(
     window: int = DEFAULT_WINDOW,
     fields: Collection[str] | None = None,
     layout: Layout | None = None,
+    selection: RowSelection | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
@@ -195,6 +206,7 @@ async def run_dataset(
     :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
         and `messages`; all others come back untouched. None: all that have the name of a field
     :param layout: where in a row its prompt is, if not in `prompt` or `messages`
+    :param selection: which rows are asked for; an output may get those of several
     :param retry_errors: ask again for the rows of the output that have an error
     :param redo_changed: make the rows of the output anew that were made of something else
     :param max_errors: stop when more rows than that have errors, `20`, or a greater share of the
@@ -213,6 +225,7 @@ async def run_dataset(
         run=run,
         fields=fields,
         layout=layout,
+        selection=selection,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         ordered=ordered,
@@ -309,6 +322,7 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
     :raises DatasetError: there are rows of something else, and they aren't to be made again
     """
     source, sink = dataset.data.source, dataset.sink
+    is_chosen = await asyncio.to_thread(chosen_rows, dataset.data)
     if not sink.rows:
         return
     unwanted = Bitmap()
@@ -321,14 +335,15 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
             f"--redo-changed has to read the input twice, which {source.name} can't be: "
             "write it into a file first"
         )
+    check_chosen(unwanted, sink, is_chosen)
     if retry_errors:
         for row in range(sink.end):
-            if sink.has_error(row):
+            if sink.has_error(row) and is_chosen(row):
                 unwanted.add(row)
     if len(unwanted):
         await asyncio.to_thread(sink.drop, unwanted.__contains__)
-    if dataset.ordered and sink.rows < sink.end:
-        missing = next(row for row in range(sink.end) if row not in sink)
+    chosen = (row for row in range(sink.end) if row not in sink and is_chosen(row))
+    if dataset.ordered and (missing := next(chosen, None)) is not None:
         raise DatasetError(
             f"the output has rows behind row {missing}, which is still to be made: without "
             "--ordered it goes to the end, with it take another output"

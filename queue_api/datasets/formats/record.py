@@ -37,3 +37,5 @@ class Record:
     """The row as the file has it, where that is text; None, too, for one that is too long."""
     num_bytes: int = 0
     """About how much memory it takes, where `raw` doesn't tell."""
+    row: int | None = None
+    """Its place among all rows, from 0, where that isn't its place among those that are read."""

@@ -1,0 +1,155 @@
+"""ChosenSource: the rows of another source that a selection takes, in its order."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.row_selection import RowSelection
+from queue_api.wire.errors import DatasetError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["ChosenSource"]
+
+
+class ChosenSource(RowSource):
+    """Records with the number of their row in the whole input; memory for 8 bytes a row.
+
+    A shuffled input is read once, into an unnamed temporary file of about its size, and from there
+    in the other order.
+
+    :raises DatasetError: the input can be read only once, and the selection needs more
+    """
+
+    def __init__(self, whole: RowSource, selection: RowSelection) -> None:
+        if selection.needs_count and not whole.is_repeatable:
+            what = "shuffled" if selection.shuffle else "sampled by a number of rows"
+            raise DatasetError(
+                f"{whole.name} can be read only once, and so can't be {what}: write it into a file "
+                "first, or sample a percentage"
+            )
+        super().__init__(whole.data)
+        self._whole = whole
+        self._selection = selection
+        self._numbers: Sequence[int] | None = None
+        self._is_interrupted = False
+
+    @classmethod
+    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
+        return False
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The rows that are taken, in the order in which they come; the last ones may not be there.
+
+        Reads all of the input, but for a limit alone.
+
+        :raises DatasetError: it can't be read
+        """
+        if self._numbers is None:
+            is_of_all = self._selection.needs_count or self._selection.sample_percent is not None
+            total = (self._whole.count() if is_of_all else self._selection.limit) or 0
+            self._numbers = self._selection.numbers(total)
+        return self._numbers
+
+    def records(self) -> Iterator[Record]:
+        if self._selection.shuffle:
+            yield from self._shuffled()
+            return
+        rows = zip(self._takes(), self._numbered(), strict=False)
+        yield from (record for is_taken, record in rows if is_taken)
+
+    def count(self) -> int | None:
+        if not self.is_repeatable:
+            return None
+        if self._selection.needs_count or self._selection.sample_percent is not None:
+            return len(self.numbers)
+        return sum(1 for _ in islice(self._whole.records(), self._selection.limit))
+
+    @property
+    def name(self) -> str:
+        return self._whole.name
+
+    @property
+    def is_repeatable(self) -> bool:
+        return self._whole.is_repeatable
+
+    @property
+    def waits(self) -> bool:
+        return self._whole.waits or self._selection.needs_count
+
+    @property
+    def before_waiting(self) -> Callable[[], None]:
+        return self._whole.before_waiting
+
+    @before_waiting.setter
+    def before_waiting(self, call: Callable[[], None]) -> None:
+        self._whole.before_waiting = call
+
+    def place(self, number: int) -> str:
+        return self._whole.place(number)
+
+    def advice(self, lines: Sequence[bytes | None]) -> str:
+        return self._whole.advice(lines)
+
+    def schema(self) -> pyarrow.Schema | None:
+        return self._whole.schema()
+
+    def identity(self) -> list[str]:
+        return [*self._whole.identity(), *self._selection.identity()]
+
+    def is_same_file(self, info: os.stat_result) -> bool:
+        return self._whole.is_same_file(info)
+
+    def interrupt(self) -> None:
+        self._is_interrupted = True
+        self._whole.interrupt()
+
+    def close(self) -> None:
+        self._whole.close()
+
+    def _numbered(self) -> Iterator[Record]:
+        for number, record in enumerate(self._whole.records()):
+            record.row = number
+            yield record
+
+    def _takes(self) -> Iterator[bool]:
+        if not self._selection.needs_count:
+            yield from self._selection.passing()
+            return
+        end = 0
+        for number in self.numbers:
+            yield from (False for _ in range(number - end))
+            yield True
+            end = number + 1
+
+    def _shuffled(self) -> Iterator[Record]:
+        numbers = self.numbers
+        places = array("Q", [_UNWANTED]) * (max(numbers, default=-1) + 1)
+        """By row, where in the file it is."""
+        for number in numbers:
+            places[number] = _WANTED
+        with tempfile.TemporaryFile() as file:
+            for number, record in enumerate(islice(self._numbered(), len(places))):
+                if self._is_interrupted:
+                    return
+                if places[number] == _WANTED:
+                    places[number] = file.tell()
+                    pickle.dump(record, file, protocol=pickle.HIGHEST_PROTOCOL)
+            for number in numbers:
+                if places[number] == _WANTED:
+                    raise DatasetError(f"{self.name} became shorter while it was read")
+                file.seek(places[number])
+                yield pickle.load(file)
+
+
+_UNWANTED, _WANTED = 2**64 - 1, 2**64 - 2
