@@ -34,6 +34,7 @@ __all__ = [
     "check_devices",
     "length_limit",
     "load_model",
+    "load_tokenizer",
     "make_pipeline",
     "num_cache_slots",
     "shares_prefixes",
@@ -89,6 +90,19 @@ def load_model(config: EngineConfig) -> LoadedModel:
         *(plan, dtype, "/".join(stage.mode for stage in stages)),
     )
     return LoadedModel(checkpoint.name, revision, tokenizer, defaults, stages, limit)
+
+
+def load_tokenizer(config: EngineConfig) -> tuple[Tokenizer, int]:
+    """The tokenizer alone, without weights, and how many tokens a sequence may have.
+
+    :raises ConfigurationError: as `load_model`
+    """
+    trust = config.trust_remote_code
+    checkpoint = Checkpoint.find(config.model, config.revision, trust_remote_code=trust)
+    model_config = load_config(checkpoint, trust_remote_code=trust)
+    limit = length_limit(config, model_config.get_text_config())
+    generation = ModelGeneration.load(checkpoint)
+    return _load_tokenizer(checkpoint, model_config, generation, trust_remote_code=trust), limit
 
 
 def _load_tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import redis
 from kits.client_kit import Answerer
+from transformers import AutoTokenizer
+
+from engine.demo_model import DEMO_MODEL_PATH
 
 ROOT = Path(__file__).parent.parent
 BATCHMILL = [sys.executable, "-m", "batchmill"]
@@ -214,3 +218,57 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_starts(
     assert told in done.stderr
     assert "unix:///none" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_dry_run_shows_what_the_model_would_get_and_starts_nothing(
+    batchmill: Run, tmp_path: Path
+) -> None:
+    questions = [f"What is {i} + {i}?" if i % 10 else "" for i in range(1, 41)]
+    write(tmp_path / "in.jsonl", *[{"question": question} for question in questions])
+    done = batchmill(
+        *("run", "in.jsonl", "-o", "out.jsonl", "--model", "demo", "--dry-run"),
+        *("--prompt-column", "question", "--system", "Be brief.", "--max-tokens", "5"),
+        REDIS_URL="unix:///none",
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL_PATH)
+    tokens = []
+    for question in filter(None, questions):
+        chat = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": question},
+        ]
+        tokens.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+    lines = done.stdout.splitlines()
+    assert lines[0] == "prompt from column 'question'"
+    assert lines[2] == f"row 0, id '0', {len(tokens[0])} tokens, at most 5 new ones:"
+    shown = [line.removeprefix("  | ") for line in lines if line.startswith("  | ")]
+    assert "\n".join(shown) == "\n".join(map(tokenizer.decode, tokens[:3]))
+    assert "40 rows, 40 of them looked at" in lines
+    told = "4 of those are wrong, the first: line 10: column 'question' is empty"
+    assert any(line.startswith(told) for line in lines)
+    total = sum(map(len, tokens))
+    assert lines[-1].startswith(f"in all about {total:,} tokens of prompts, and at most about 180 ")
+
+
+def test_a_dry_run_needs_neither_a_model_nor_all_of_a_pipe(batchmill: Run, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", *ROWS * 1000)
+    options = ["-o", "out.jsonl", "--template", "Q: {{ question }}", "--dry-run"]
+    done = batchmill("run", "in.jsonl", *options, "--shuffle", "--limit", "700")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  | Q: ") == 3
+    assert "700 rows, 700 of them looked at\ntokens aren't counted" in done.stdout
+    line = shlex.join([*BATCHMILL, "run", "-", *options])
+    # the pipe stays open until the command has ended
+    done = subprocess.run(
+        ["bash", "-c", f"mkfifo gate; (cat in.jsonl; cat gate) | ({line}; echo > gate)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BATCHMILL_MODEL": "echo:tokens=5"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.stdout.count("  | Q: ") == 3, done.stderr
+    assert "an unknown number of rows" in done.stdout

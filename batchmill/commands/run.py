@@ -25,6 +25,7 @@ from batchmill.commands.options import (
     sampling_options,
     tell,
 )
+from batchmill.offline.dry_run import dry_run as show_prompts
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
 from engine.control_group import cpus_allowed
@@ -36,7 +37,8 @@ from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import RowsFailedError
 from queue_api.wire.schemas import SamplingParams
-from workers.running.engines import engine_config
+from workers.running.echo_engine import ECHO_PREFIX
+from workers.running.engines import engine_config, require_packages
 from workers.settings import WorkerSettings
 
 __all__ = ["run"]
@@ -96,6 +98,14 @@ def run(
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write the rows in the order of the input.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the first prompts as the model gets them and how many tokens there are in "
+            "all; start and write nothing.",
+        ),
+    ] = False,
     redis_url: RedisUrl = None,
 ) -> None:
     """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
@@ -137,6 +147,9 @@ def run(
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
     )
+    if dry_run:
+        _show_dry_run(job, settings)
+        return
     try:
         summary = run_async(run_offline(job, console))
     except Stopped:
@@ -152,6 +165,18 @@ def run(
             "--retry-errors asks for them again"
         )
     _judge(summary, job.max_errors, fail_on_error=fail_on_error)
+
+
+def _show_dry_run(job: OfflineRun, settings: WorkerSettings) -> None:
+    tokenizer = limit = None
+    if job.num_workers and not settings.model.startswith(ECHO_PREFIX):
+        require_packages(settings.model)
+        from engine.loading import load_tokenizer
+
+        tokenizer, limit = load_tokenizer(engine_config(settings))
+    for line in run_async(show_prompts(job, tokenizer, limit, tell)):
+        typer.echo(line)
+    tell("nothing was started or written: that was a dry run")
 
 
 def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool) -> None:

@@ -121,6 +121,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def text_with_specials(self, token_ids: Sequence[int]) -> str:
+        """All that `token_ids` say: what the model gets."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
     def is_text(self, token_id: int) -> bool:
         """False for special tokens and for ids that the tokenizer doesn't know."""
         if (known := self._is_text.get(token_id)) is None:

@@ -97,6 +97,11 @@ class DatasetInput:
             if stream is not self._stream:
                 await stream.close()
 
+    @property
+    def held(self) -> list[Record]:
+        """What was looked at of an input that can be read only once; nothing of a file."""
+        return [record for batch in self._ahead for record in batch]
+
     async def batches(self) -> AsyncGenerator[list[Record], None]:
         """Each record, once, some at a time, never none.
 
