@@ -324,12 +324,13 @@ def test_how_the_first_row_is_read_is_known(tmp_path: Path) -> None:
         ({"instruction": "a", "output": "b"}, "--prompt-column instruction"),
         (
             {"instruction": "a", "input": "b", "output": "c"},
-            "--template $'{{ instruction }}\\n\\n{{ input }}'",
+            "--template $'{{ instruction }}\\n\\n{{ input or \"\" }}'",
         ),
         ({"conversations": SHAREGPT, "id": "a"}, "--messages-column conversations"),
         ({"chosen": CHAT, "x": 1}, "--messages-column chosen"),
         ({"conversation": json.dumps(CHAT)}, "--messages-column conversation"),
         ({"Question": "a"}, "--prompt-column Question"),
+        ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, "--template '{{ turns[0] }}'"),
         ({"ctx_a": "a"}, "--prompt-column NAME, --messages-column NAME or --template"),
     ],
 )

@@ -272,3 +272,5 @@ def test_columns_that_an_option_reads_are_told_of_with_it() -> None:
     told.clear()
     parse(row, warn=told.append, template="{{ prompt }}{{ conversations }}", system="{{ system }}")
     assert not told
+    parse({"a": "b", "messages": 1, "body": 2, "inputs": 3}, warn=told.append, prompt_column="a")
+    assert not told

@@ -245,7 +245,7 @@ def test_a_dry_run_shows_what_the_model_would_get_and_starts_nothing(
     assert lines[2] == f"row 0, id '0', {len(tokens[0])} tokens, at most 5 new ones:"
     shown = [line.removeprefix("  | ") for line in lines if line.startswith("  | ")]
     assert "\n".join(shown) == "\n".join(map(tokenizer.decode, tokens[:3]))
-    assert "40 rows, 40 of them looked at" in lines
+    assert "rows: 40, 40 of them looked at" in lines
     told = "4 of those are wrong, the first: line 10: column 'question' is empty"
     assert any(line.startswith(told) for line in lines)
     total = sum(map(len, tokens))
@@ -258,7 +258,7 @@ def test_a_dry_run_needs_neither_a_model_nor_all_of_a_pipe(batchmill: Run, tmp_p
     done = batchmill("run", "in.jsonl", *options, "--shuffle", "--limit", "700")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("  | Q: ") == 3
-    assert "700 rows, 700 of them looked at\ntokens aren't counted" in done.stdout
+    assert "rows: 700, 700 of them looked at\ntokens aren't counted" in done.stdout
     line = shlex.join([*BATCHMILL, "run", "-", *options])
     # the pipe stays open until the command has ended
     done = subprocess.run(
@@ -271,4 +271,4 @@ def test_a_dry_run_needs_neither_a_model_nor_all_of_a_pipe(batchmill: Run, tmp_p
         check=False,
     )
     assert done.stdout.count("  | Q: ") == 3, done.stderr
-    assert "an unknown number of rows" in done.stdout
+    assert "rows: unknown, " in done.stdout

@@ -139,8 +139,8 @@ class _Estimate:
 
     def lines(self) -> Iterator[str]:
         """What to show."""
-        rows = "an unknown number of rows" if self.total is None else f"{self.total:,} rows"
-        yield f"{rows}, {self.num_rows:,} of them looked at"
+        rows = "unknown" if self.total is None else f"{self.total:,}"
+        yield f"rows: {rows}, {self.num_rows:,} of them looked at"
         if self.num_wrong:
             yield f"{self.num_wrong:,} of those are wrong, the first: {self.first_wrong}"
         if self.num_too_long:

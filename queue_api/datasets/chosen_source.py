@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ChosenSource"]
 
+MOST_READ_TO_COUNT = 10_000
+
 
 class ChosenSource(RowSource):
     """Records with the number of their row in the whole input; memory for 8 bytes a row.
@@ -73,7 +75,10 @@ class ChosenSource(RowSource):
             return None
         if self._selection.needs_count or self._selection.sample_percent is not None:
             return len(self.numbers)
-        return sum(1 for _ in islice(self._whole.records(), self._selection.limit))
+        limit = self._selection.limit or 0
+        if limit > MOST_READ_TO_COUNT:  # then to count all of them is cheaper than to read these
+            return min(limit, self._whole.count() or 0)
+        return sum(1 for _ in islice(self._whole.records(), limit))
 
     @property
     def name(self) -> str:

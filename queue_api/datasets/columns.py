@@ -123,7 +123,10 @@ class RowParser:
         taken = REQUEST_COLUMNS if self.fields is None else self.fields
         self._reader = LayoutReader(self.layout, taken, self.warn)
         self._notices = ColumnNotices(
-            self.warn, REQUEST_COLUMNS, told_which=self.fields is not None
+            self.warn,
+            REQUEST_COLUMNS,
+            told_which=self.fields is not None,
+            names_prompt=self.layout.names_prompt,
         )
         defaults = self.defaults or SamplingParams()
         self._options: dict[str, Any] = defaults.model_dump(mode="json", exclude_unset=True)

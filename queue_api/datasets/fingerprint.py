@@ -33,7 +33,9 @@ def made_fingerprint(
     :param fields: of the request; rendered
     """
     parts = [columns, options, {"fields": fields}]
-    return _digest(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())
+    # what a table has beside JSON's types, a date, say, is told apart by its text
+    as_json = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return _digest(as_json.encode())
 
 
 def unread_fingerprint(line: bytes | None) -> str:

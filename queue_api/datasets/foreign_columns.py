@@ -15,21 +15,32 @@ __all__ = ["ColumnNotices"]
 
 MOST_NAMES = 2000
 """Rows whose names of columns never end are data of their own kind; nobody reads so many hints."""
+_PROMPTS = frozenset(
+    {"prompt", "messages", "conversation", "conversations", "chat", "inputs", "body"}
+)
+"""What may hold the prompt elsewhere, and is a column like any where an option names another."""
 
 
 class ColumnNotices:
     """Says once of each column what its reader might not expect.
 
     :param fields: the columns that are read as fields of the request
+    :param names_prompt: an option says where the prompt is
     :param told_which: the user named the fields, and so needn't hear which are
     """
 
     def __init__(
-        self, warn: Callable[[str], None], fields: Collection[str], *, told_which: bool
+        self,
+        warn: Callable[[str], None],
+        fields: Collection[str],
+        *,
+        told_which: bool,
+        names_prompt: bool = False,
     ) -> None:
         self._warn = warn
         self._fields = fields
         self._told_which = told_which
+        self._names_prompt = names_prompt
         self._seen: set[str] = set()
 
     def look(self, columns: Mapping[str, Any], taken: Collection[str]) -> None:
@@ -56,8 +67,10 @@ class ColumnNotices:
 
     def _hint(self, name: str) -> str:
         plain = name.lower().replace("-", "_")
-        if option := instead(name):
+        if option := instead(name, names_prompt=self._names_prompt):
             return option
+        if self._names_prompt and plain in _PROMPTS:
+            return ""
         if plain in INSTEAD:
             return INSTEAD[plain]
         if name in self._fields:

@@ -83,7 +83,10 @@ def _parsed(text: str, column: str) -> object:
 def _message(turn: object, place: str) -> Any:
     """:raises InvalidRequestError: a turn of ShareGPT's form that can't be understood"""
     if not isinstance(turn, Mapping):
-        raise InvalidRequestError(f"'{place}' is {turn!r:.60}: a message is an object")
+        raise InvalidRequestError(
+            f"'{place}' is {turn!r:.60}: a message is an object with 'role' and 'content'; turns "
+            "that are asked one after the other can't be had"
+        )
     speaker = turn.get("from")
     if speaker is None or turn.get("role") is not None:
         return turn

@@ -28,9 +28,15 @@ def which_option(rows: Sequence[Mapping[str, Any]]) -> str:
     plain = {name.lower(): name for name in columns}
     if chat := _first(name for name, value in columns.items() if is_chat(value)):
         return f"to read its chats: --messages-column {_shown(chat)}"
+    if texts := _first(name for name, value in columns.items() if _is_texts(value)):
+        return (
+            f"{texts!r} is a list of texts; if those are turns that are asked one after the other: "
+            f"batchmill asks one request a row, such as --template '{{{{ {texts}[0] }}}}' for the "
+            "first"
+        )
     if "instruction" in plain and "input" in plain:
         first, second = plain["instruction"], plain["input"]
-        return f"to join these: --template $'{{{{ {first} }}}}\\n\\n{{{{ {second} }}}}'"
+        return f"to join these: --template $'{{{{ {first} }}}}\\n\\n{{{{ {second} or \"\" }}}}'"
     if chat := _first(plain[name] for name in _CHATS if name in plain):
         return f"if they are chats: --messages-column {_shown(chat)}"
     if prompt := _first(plain[name] for name in _PROMPTS if name in plain):
@@ -41,11 +47,16 @@ def which_option(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def instead(column: str) -> str:
-    """Which option reads a column that has no effect; empty if none does, or nobody knows."""
+def instead(column: str, *, names_prompt: bool) -> str:
+    """Which option reads a column that has no effect; empty if none does, or nobody knows.
+
+    :param names_prompt: an option says already where the prompt is
+    """
     plain = column.lower().replace("-", "_")
     if plain in _SYSTEMS:
         return f"--system '{{{{ {column} }}}}' sends it"
+    if names_prompt:
+        return ""
     if plain in _CHATS:
         return f"--messages-column {_shown(column)} reads it"
     return f"--prompt-column {_shown(column)} reads it" if plain == "inputs" else ""
@@ -66,6 +77,10 @@ def is_chat(value: object) -> bool:
     """True if it looks like the turns of a chat."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and ({"role", "content"} <= first.keys() or "from" in first)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def _first(names: Iterable[str]) -> str:
