@@ -138,6 +138,18 @@ def test_ids_are_read_from_the_column_that_is_named() -> None:
     assert "'key' is [1]: give a string or an integer" in wrong(rows[3])
 
 
+def test_what_is_wrong_with_a_field_names_its_column() -> None:
+    (row,) = parse({"q": [-1]}, prompt_column="q")
+    assert wrong(row).startswith("line 1: 'prompt[0]' is -1: ")
+    assert wrong(row).endswith("('prompt' is column 'q')")
+    (row,) = parse({"talk": [{"role": "user"}]}, messages_column="talk")
+    assert wrong(row).endswith("'messages[0].content' is missing ('messages' is column 'talk')")
+    (row,) = parse({"prompt": "a", "key": ""}, id_column="key")
+    assert wrong(row).endswith("'id' is empty ('id' is column 'key')")
+    (row,) = parse({"prompt": "a", "id": ""}, id_column="id")
+    assert wrong(row).endswith("'id' is empty")
+
+
 def test_the_columns_that_became_the_prompt_do_not_travel_twice() -> None:
     read = parser(prompt_column="q", id_column="key", keep_columns=True)
     row = read.parse(JsonRecordReader().read(b'{"q": "a", "key": 1, "prompt": "b", "x": 2}'))

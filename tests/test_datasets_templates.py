@@ -151,6 +151,8 @@ ENDLESS = [
     "{% set a = 'x' * 4000000 %}{% for i in range(100000) %}{% set b = a[1:] %}{% endfor %}",
     "{% set a = 'x' * 4000000 %}{% for i in range(100000) %}{% set b = a|upper %}{% endfor %}",
     "{% set a = 'x' * 4000000 %}{% for i in range(100000) %}{% set b = a.count('y') %}{% endfor %}",
+    "{% set a = 'x' * 4000000 %}{% set b = a.split('x') %}{% set c = a.split('x') %}",
+    "{% set a = 'x' * 4000000 %}{% set b = a|list %}{% set c = a|list %}",
     "{{ 1|round(10 ** 10, 'ceil') * 10 ** 5000 }}",
 ]
 

@@ -252,6 +252,13 @@ def test_a_dry_run_shows_what_the_model_would_get_and_starts_nothing(
     assert lines[-1].startswith(f"in all about {total:,} tokens of prompts, and at most about 180 ")
 
 
+def test_a_line_break_that_is_none_is_told_of(batchmill: Run, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", *ROWS)
+    done = batchmill("run", "in.jsonl", "-o", "o", "--template", r"{{ question }}\nA:", "--dry-run")
+    assert "--template has a backslash and an n, which stay such" in done.stderr
+    assert r"  | What is this?\nA:" in done.stdout
+
+
 def test_a_dry_run_needs_neither_a_model_nor_all_of_a_pipe(batchmill: Run, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", *ROWS * 1000)
     options = ["-o", "out.jsonl", "--template", "Q: {{ question }}", "--dry-run"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from batchmill.commands.options import option_group
+from batchmill.commands.options import option_group, tell
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.wire.errors import ConfigurationError
@@ -119,7 +119,14 @@ def _text_of(name: str, given: str | None) -> str | None:
 
     :raises ConfigurationError: the file can't be read
     """
-    if given is None or not given.startswith("@"):
+    if given is None:
+        return None
+    if not given.startswith("@"):
+        if "\\n" in given:
+            tell(
+                f"--{name} has a backslash and an n, which stay such: for a line break write "
+                f"$'…' in the shell, or @FILE"
+            )
         return given
     try:
         return Path(given[1:]).read_text(encoding="utf-8-sig")

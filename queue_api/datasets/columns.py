@@ -143,7 +143,8 @@ class RowParser:
             request = self._request(found, read, number)
             as_json = request_json(request)
         except RequestError as error:
-            error = type(error)(f"{self.place(found.number)}: {error}")
+            told = self._reader.with_columns(str(error))
+            error = type(error)(f"{self.place(found.number)}: {told}")
             name = request_id(_with_text_id(read.fields), number)
             return Row(index, shown, name, error, mark, number=number)
         return Row(index, shown, request.id, request, mark, as_json, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,18 @@ class LayoutReader:
             fields = _request_fields(found.read, self._taken)
             return Reading(found.shown, fields, fields.keys(), found.error)
         return self._read(found)
+
+    def with_columns(self, message: str) -> str:
+        """What is wrong with a field, with the column that it was read from under another name."""
+        columns = {
+            "prompt": self._layout.prompt_column,
+            "messages": self._layout.messages_column,
+            "id": self._layout.id_column,
+        }
+        for field, column in columns.items():
+            if column not in (None, field) and re.match(rf"'{field}\b", message):
+                return f"{message} ({field!r} is column {column!r})"
+        return message
 
     def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What of the columns shown the request hasn't already."""

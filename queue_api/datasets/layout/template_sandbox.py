@@ -106,7 +106,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return _replace(owner, *args, **kwargs)
             if called.__name__ == "join":
                 return self._join(args[0], owner)
-        elif isinstance(owner, list | tuple | dict):
+            return self._count(super().call(context, called, *args, **kwargs))
+        if isinstance(owner, list | tuple | dict):
             self._weigh(owner)
         return super().call(context, called, *args, **kwargs)
 
@@ -125,7 +126,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(call)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            return call(*args[:place], *map(weigh, args[place:]), **kwargs)
+            made = call(*args[:place], *map(weigh, args[place:]), **kwargs)
+            return self._count(made) if isinstance(made, list | tuple | dict) else made
 
         return counted
 
