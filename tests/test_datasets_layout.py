@@ -99,7 +99,7 @@ def test_every_speaker_of_sharegpt_has_its_role() -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ("Hi there", "not a list of messages; if it is a prompt: --prompt-column"),
+        ("Hi there", "not a list; if it is a prompt: --prompt-column"),
         ("[{'role': 'user', 'content': 'a'}]", "looks like Python's notation"),
         ([], "column 'talk' has no messages"),
         (3, "column 'talk' is 3, not a list of messages"),
@@ -342,7 +342,7 @@ def test_how_the_first_row_is_read_is_known(tmp_path: Path) -> None:
         ({"chosen": CHAT, "x": 1}, "--messages-column chosen"),
         ({"conversation": json.dumps(CHAT)}, "--messages-column conversation"),
         ({"Question": "a"}, "--prompt-column Question"),
-        ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, "--template '{{ turns[0] }}'"),
+        ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, "--turns-column turns"),
         ({"ctx_a": "a"}, "--prompt-column NAME, --messages-column NAME or --template"),
     ],
 )

@@ -252,6 +252,21 @@ def test_a_dry_run_shows_what_the_model_would_get_and_starts_nothing(
     assert lines[-1].startswith(f"in all about {total:,} tokens of prompts, and at most about 180 ")
 
 
+def test_turns_are_asked_one_after_the_other(batchmill: Run, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", {"turns": ["One", "two"]}, {"turns": ["Single"]})
+    line = ["run", "in.jsonl", "-o", "out.jsonl", "--turns-column", "turns", "--max-tokens"]
+    done = batchmill(*line, "2")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "out.jsonl")
+    # the engine says the first words of all that it is given
+    assert [row["turn_texts"] for row in rows] == [["One One", "One One"], ["Single Single"]]
+    assert rows[0]["usage"]["prompt_tokens"] == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+    done = batchmill("submit", "in.jsonl", "--turns-column", "turns", REDIS_URL="unix:///none")
+    assert done.returncode == 2
+    assert "submit asks each row once" in done.stderr
+
+
 def test_a_line_break_that_is_none_is_told_of(batchmill: Run, tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", *ROWS)
     done = batchmill("run", "in.jsonl", "-o", "o", "--template", r"{{ question }}\nA:", "--dry-run")

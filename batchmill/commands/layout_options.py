@@ -29,6 +29,14 @@ _LAYOUT: dict[str, Any] = {
             show_default=False,
         ),
     ],
+    "turns_column": Annotated[
+        str | None,
+        typer.Option(
+            help="The column with lists of the user's turns, each asked after the answer to the "
+            "last; of run alone.",
+            show_default=False,
+        ),
+    ],
     "id_column": Annotated[
         str | None,
         typer.Option(help="The column with the ids, instead of id.", show_default=False),

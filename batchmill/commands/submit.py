@@ -27,7 +27,7 @@ from queue_api.datasets.columns import RowParser
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import run_id_of
-from queue_api.wire.errors import RequestError
+from queue_api.wire.errors import ConfigurationError, RequestError
 from queue_api.wire.schemas import GenerationResult, SamplingParams
 
 __all__ = ["submit"]
@@ -54,6 +54,11 @@ def submit(
     Doing it again with the same file makes nothing twice.
     """
     names = fields_of(fields, row_sampling=row_sampling)
+    if layout.turns_column is not None:
+        raise ConfigurationError(
+            "submit asks each row once: several turns, each after the answer to the last, need "
+            "batchmill run --turns-column"
+        )
 
     async def work() -> str:
         data = DatasetInput(input)

@@ -32,7 +32,10 @@ class ChosenSource(RowSource):
     :raises DatasetError: the input can be read only once, and the selection needs more
     """
 
-    def __init__(self, whole: RowSource, selection: RowSelection) -> None:
+    def __init__(
+        self, whole: RowSource, selection: RowSelection, numbers: Sequence[int] | None = None
+    ) -> None:
+        """:param numbers: the rows, if they are known; ascending unless it shuffles"""
         if selection.needs_count and not whole.is_repeatable:
             what = "shuffled" if selection.shuffle else "sampled by a number of rows"
             raise DatasetError(
@@ -42,7 +45,8 @@ class ChosenSource(RowSource):
         super().__init__(whole.data)
         self._whole = whole
         self._selection = selection
-        self._numbers: Sequence[int] | None = None
+        self._numbers = numbers
+        self._is_listed = selection.needs_count or numbers is not None
         self._is_interrupted = False
 
     @classmethod
@@ -73,7 +77,7 @@ class ChosenSource(RowSource):
     def count(self) -> int | None:
         if not self.is_repeatable:
             return None
-        if self._selection.needs_count or self._selection.sample_percent is not None:
+        if self._is_listed or self._selection.sample_percent is not None:
             return len(self.numbers)
         limit = self._selection.limit or 0
         if limit > MOST_READ_TO_COUNT:  # then to count all of them is cheaper than to read these
@@ -128,7 +132,7 @@ class ChosenSource(RowSource):
             yield record
 
     def _takes(self) -> Iterator[bool]:
-        if not self._selection.needs_count:
+        if not self._is_listed:
             yield from self._selection.passing()
             return
         end = 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from queue_api.client.submission import as_request, default_id, request_id
 from queue_api.datasets.fingerprint import (
@@ -27,6 +27,9 @@ from queue_api.wire.errors import (
 from queue_api.wire.sampling import SAMPLING_FIELDS, own_names
 from queue_api.wire.schemas import GenerationRequest, GenerationResult, SamplingParams
 
+if TYPE_CHECKING:
+    from queue_api.datasets.turns import TurnPass
+
 __all__ = [
     "OUTPUT_COLUMNS",
     "REQUEST_COLUMNS",
@@ -46,6 +49,7 @@ ALWAYS_READ = frozenset({"id", "prompt", "messages"})
 OUTPUT_COLUMNS = (
     "row",
     "text",
+    "turn_texts",
     "token_ids",
     "logprobs",
     "prompt_logprobs",
@@ -94,6 +98,8 @@ class Row:
     """The request in that form."""
     number: int = -1
     """Its place in the input, from 0: its index, unless rows were chosen."""
+    answers: Sequence[str] | None = None
+    """To the turns before the one that is asked; None if it isn't asked in turns."""
 
 
 @dataclass
@@ -108,6 +114,8 @@ class RowParser:
     fields: frozenset[str] | None = None
     """The columns that are read as the request's; None: all with the name of a field."""
     layout: Layout = field(default_factory=Layout)
+    turn: TurnPass | None = None
+    """Which turn is asked, if rows have several; None: the first."""
     place: Callable[[int], str] = "line {}".format
     """What to call the row of a record's number."""
     _index: int = 0
@@ -140,6 +148,7 @@ class RowParser:
         try:
             if read.error is not None:
                 raise read.error
+            answers = self._ask_turn(read.fields, number)
             request = self._request(found, read, number)
             as_json = request_json(request)
         except RequestError as error:
@@ -147,7 +156,26 @@ class RowParser:
             error = type(error)(f"{self.place(found.number)}: {told}")
             name = request_id(_with_text_id(read.fields), number)
             return Row(index, shown, name, error, mark, number=number)
-        return Row(index, shown, request.id, request, mark, as_json, number)
+        return Row(index, shown, request.id, request, mark, as_json, number, answers)
+
+    def num_turns(self, found: Record) -> int:
+        """How many turns a record has; 1 if it is wrong."""
+        return 1 + len(self._reader.read(found).fields.get("turns", ()))
+
+    def _ask_turn(self, fields: dict[str, Any], row: int) -> list[str] | None:
+        """Put the turns so far into the messages.
+
+        :returns: the answers to them
+        :raises InvalidRequestError: one has none
+        """
+        later = fields.pop("turns", None)
+        if later is None:
+            return None
+        if self.turn is None:
+            return []
+        answers = self.turn.so_far(row, 1 + len(later))
+        fields["messages"] = self.turn.messages(fields["messages"], later, answers)
+        return answers
 
     def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row's columns travels as metadata."""
@@ -237,6 +265,7 @@ def output_row(
     result: GenerationResult,
     fingerprint: str = "",
     number: int | None = None,
+    answers: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The row to write: the input's columns as they came, then the result's.
 
@@ -245,10 +274,13 @@ def output_row(
     OUTPUT_COLUMNS (from an output file used as input, say) is kept as `input_<name>`.
 
     :param number: the row's place in the input, if that isn't the request's in its run
+    :param answers: to the turns before this one, if the row is asked in turns
     """
     row = _input_columns(columns, result)
     row["row"] = result.index if number is None else number
     row["text"] = result.text
+    if answers is not None:
+        row["turn_texts"] = [*answers, result.text]
     if result.token_ids is not None:
         row["token_ids"] = result.token_ids
     if result.logprobs is not None:

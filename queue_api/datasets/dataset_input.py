@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import copy
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -45,6 +46,18 @@ class DatasetInput:
         except DatasetError:
             self.source.close()
             raise
+
+    def of_rows(self, numbers: Sequence[int]) -> DatasetInput:
+        """The same input, of which these rows are asked for, in this order."""
+        part = copy.copy(self)
+        part.chosen = ChosenSource(self.source, RowSelection(), numbers)
+        part._ahead, part._stream = [], None
+        return part
+
+    async def stop_reading(self) -> None:
+        """End what reads ahead; the input stays open."""
+        if self._stream is not None:
+            await self._stream.close()
 
     async def close(self) -> None:
         """Let go of the input."""

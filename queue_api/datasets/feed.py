@@ -304,7 +304,7 @@ class DatasetRun:
             self._check_maker(result)
             self.summary.add(result)
             self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
-            made = output_row(row.columns, result, row.fingerprint, row.number)
+            made = output_row(row.columns, result, row.fingerprint, row.number, row.answers)
             rows.append(MadeRow(row.number, row.fingerprint, made))
         await asyncio.to_thread(self._sink.append, rows)
         self._tell()

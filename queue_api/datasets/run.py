@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Callable, Collection
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 from queue_api.client.client import Client
+from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
+from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.opening import open_sink, open_source
 from queue_api.datasets.formats.row_sink import RowSink
@@ -27,6 +32,7 @@ from queue_api.datasets.resume import changed_rows, check_chosen, check_makers
 from queue_api.datasets.row_numbers import chosen_rows
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.summary import Progress, RunSummary
+from queue_api.datasets.turns import Answers, TurnPass, place_of_answers
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.jobs import request_json
 from queue_api.store.run_store import parse_result
@@ -68,6 +74,9 @@ class Dataset:
     warn: Callable[[str], None]
     redo_changed: bool
     ordered: bool = False
+    retry_errors: bool = False
+    turn: TurnPass | None = None
+    """Which turn of its rows is asked; None: all of them, one after the other."""
     keeps_empty: bool = False
     """Whether an output without rows is kept."""
 
@@ -84,6 +93,30 @@ class Dataset:
         """Ask for what isn't written yet, and write it; as run_dataset."""
         self.keeps_empty = True
         queue = queue or client.settings.queue
+        ask = partial(
+            Dataset._ask,
+            client=client,
+            queue=queue,
+            chunk_size=chunk_size,
+            window=window,
+            listener=on_progress,
+        )
+        limit = ErrorLimit.of(max_errors)
+        if self.layout.turns_column is None:
+            return await ask(self, limit=limit)
+        await self._drop_other_models(await _models(client, queue))
+        return await self._ask_in_turns(ask, limit)
+
+    async def _ask(
+        self,
+        *,
+        client: Client,
+        queue: str,
+        chunk_size: int | None,
+        window: int,
+        listener: Callable[[Progress], None] | None,
+        limit: ErrorLimit | None = None,
+    ) -> RunSummary:
         makers = await _models(client, queue)
         await self._drop_other_models(makers)
         opened = await _open(client, self, queue, chunk_size, makers)
@@ -94,12 +127,54 @@ class Dataset:
             data=self.data,
             parser=self.parser(self.warn),
             window=window,
-            limit=ErrorLimit.of(max_errors),
+            limit=limit,
             ordered=self.ordered,
             makers=makers,
-            listener=on_progress,
+            listener=listener,
         )
         return await work.run()
+
+    async def _ask_in_turns(
+        self, ask: Callable[..., Awaitable[RunSummary]], limit: ErrorLimit | None
+    ) -> RunSummary:
+        """A pass for each turn; the files between them are removed when all rows are written."""
+        source, places = self.data.source, list[Path]()
+        each = map(self.parser(_say_nothing).num_turns, source.records())
+        turns = await asyncio.to_thread(array, "B", each)
+        chosen = self.data.chosen
+        numbers = chosen.numbers if isinstance(chosen, ChosenSource) else range(len(turns))
+        rows = [row for row in numbers if row < len(turns)]
+        total = max((turns[row] for row in rows if row not in self.sink), default=1)
+        if total > 1:
+            total = max(turns[row] for row in rows)  # the same whatever is written already
+        with contextlib.ExitStack() as files:
+            answers: list[Answers] = []
+            for number in range(1, total):
+                place = place_of_answers(self.sink.name, number, total)
+                turn = TurnPass(number, total, tuple(answers))
+                part = self.data.of_rows(sorted(row for row in rows if turn.takes(turns[row])))
+                with contextlib.closing(JsonLinesSink(place)) as sink:
+                    earlier = replace(
+                        self,
+                        data=part,
+                        sink=sink,
+                        run_id=f"{self.run_id}-turn{number}of{total}",
+                        ordered=False,
+                        redo_changed=True,
+                        warn=_say_nothing,
+                        turn=turn,
+                    )
+                    try:
+                        await _drop_stale(earlier, retry_errors=self.retry_errors)
+                        await ask(earlier)
+                    finally:
+                        await part.stop_reading()
+                places.append(place)
+                answers.append(files.enter_context(contextlib.closing(Answers(place))))
+            summary = await ask(replace(self, turn=TurnPass(total, total, answers)), limit=limit)
+        for place in places:
+            place.unlink(missing_ok=True)
+        return summary
 
     def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
         """Of the input's rows, from the first."""
@@ -108,6 +183,7 @@ class Dataset:
             warn=warn,
             fields=self.fields,
             layout=self.layout,
+            turn=self.turn,
             place=self.data.source.place,
         )
 
@@ -148,6 +224,8 @@ async def open_dataset(
     source = data.source
     try:
         _check_apart(source, output)
+        if layout.turns_column is not None:
+            _check_turns(source, output)
         sink = open_sink(output)
         mark = _fingerprint(data.chosen, output, defaults, model, layout)
         dataset = Dataset(
@@ -161,6 +239,7 @@ async def open_dataset(
             warn or logger.warning,
             redo_changed,
             ordered,
+            retry_errors,
         )
         try:
             if source.is_same_file(sink.info()):
@@ -296,6 +375,31 @@ def _fingerprint(
 def _check_defaults(defaults: SamplingParams | None) -> None:
     if defaults is not None:
         request_json(GenerationRequest(id="defaults", prompt="x", sampling=defaults))
+
+
+def _check_turns(source: RowSource, output: Path | str) -> None:
+    """:raises DatasetError: rows can't be asked in turns"""
+    place_of_answers(output, 1, 2)
+    if not source.is_repeatable:
+        raise DatasetError(
+            f"{source.name} can be read only once, and several turns are several passes: write it "
+            "into a file first"
+        )
+
+
+async def _drop_stale(earlier: Dataset, *, retry_errors: bool) -> None:
+    """Take out of an earlier turn's answers what something else made."""
+    sink, records = earlier.sink, earlier.data.source.records()
+    stale = await asyncio.to_thread(changed_rows, records, earlier.parser(), sink, redo=True)
+    if retry_errors:
+        for row in filter(sink.has_error, range(sink.end)):
+            stale.add(row)
+    if len(stale):
+        await asyncio.to_thread(sink.drop, stale.__contains__)
+
+
+def _say_nothing(_: str) -> None:
+    """The rows are read again, and what there is to be told is told then."""
 
 
 def _check_apart(source: RowSource, output: Path | str) -> None:

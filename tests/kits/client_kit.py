@@ -14,7 +14,7 @@ from queue_api.store.jobs import GenerateJob, GenerateQueue, decode_chunk, parse
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
 from queue_api.store.scripts import load_script
-from queue_api.wire.schemas import FinishReason, GenerationResult
+from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult
 
 
 def rq_queue(connection: redis.Redis, name: str = "batchmill") -> GenerateQueue:
@@ -27,6 +27,13 @@ def rq_job(connection: redis.Redis, job_id: str) -> GenerateJob:
 
 def run_keys(connection: redis.Redis) -> list[str]:
     return sorted(key.decode() for key in connection.keys("batchmill:*"))
+
+
+def _asked(request: GenerationRequest) -> object:
+    """A prompt, or what all of a chat's turns say."""
+    if request.messages is None:
+        return request.prompt
+    return " / ".join(str(message.content) for message in request.messages)
 
 
 class Answerer:
@@ -57,7 +64,7 @@ class Answerer:
                         id=request.id,
                         run=chunk.run,
                         index=index,
-                        text=f"answer to {request.prompt}",
+                        text=f"answer to {_asked(request)}",
                         finish_reason=FinishReason.STOP,
                         prompt_tokens=2,
                         completion_tokens=3,

@@ -8,7 +8,10 @@ from typing import Any
 
 from queue_api.wire.errors import InvalidRequestError
 
-__all__ = ["messages_of", "without_answer"]
+__all__ = ["MOST_TURNS", "messages_of", "turns_of", "without_answer"]
+
+MOST_TURNS = 64
+"""Each is a pass over the input."""
 
 _ROLES = {
     "human": "user",
@@ -66,6 +69,25 @@ def without_answer(messages: Sequence[Any]) -> Sequence[Any]:
     return messages[:end]
 
 
+def turns_of(value: object, column: str) -> list[str]:
+    """The user's turns.
+
+    :raises InvalidRequestError: there are none, or too many, or one isn't a text
+    """
+    if isinstance(value, str):
+        value = _parsed(value, column)
+    if not isinstance(value, list) or not value:
+        raise InvalidRequestError(f"column {column!r} is {value!r:.60}, not a list of turns")
+    if len(value) > MOST_TURNS:
+        raise InvalidRequestError(
+            f"column {column!r} has {len(value)} turns; the limit is {MOST_TURNS}"
+        )
+    for place, turn in enumerate(value):
+        if not isinstance(turn, str) or not turn:
+            raise InvalidRequestError(f"'{column}[{place}]' is {turn!r:.60}: a turn is a text")
+    return value
+
+
 def _parsed(text: str, column: str) -> object:
     try:
         return json.loads(text)
@@ -76,7 +98,7 @@ def _parsed(text: str, column: str) -> object:
             else "if it is a prompt: --prompt-column"
         )
         raise InvalidRequestError(
-            f"column {column!r} is {text!r:.60}, not a list of messages; {hint}"
+            f"column {column!r} is {text!r:.60}, not a list; {hint}"
         ) from None
 
 
@@ -84,8 +106,8 @@ def _message(turn: object, place: str) -> Any:
     """:raises InvalidRequestError: a turn of ShareGPT's form that can't be understood"""
     if not isinstance(turn, Mapping):
         raise InvalidRequestError(
-            f"'{place}' is {turn!r:.60}: a message is an object with 'role' and 'content'; turns "
-            "that are asked one after the other can't be had"
+            f"'{place}' is {turn!r:.60}: a message is an object with 'role' and 'content'; if "
+            "these are the user's turns, each asked after the answer to the last: --turns-column"
         )
     speaker = turn.get("from")
     if speaker is None or turn.get("role") is not None:

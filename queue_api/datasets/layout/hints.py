@@ -29,11 +29,7 @@ def which_option(rows: Sequence[Mapping[str, Any]]) -> str:
     if chat := _first(name for name, value in columns.items() if is_chat(value)):
         return f"to read its chats: --messages-column {_shown(chat)}"
     if texts := _first(name for name, value in columns.items() if _is_texts(value)):
-        return (
-            f"{texts!r} is a list of texts; if those are turns that are asked one after the other: "
-            f"batchmill asks one request a row, such as --template '{{{{ {texts}[0] }}}}' for the "
-            "first"
-        )
+        return f"if those are turns, asked one after the other: --turns-column {_shown(texts)}"
     if "instruction" in plain and "input" in plain:
         first, second = plain["instruction"], plain["input"]
         return f"to join these: --template $'{{{{ {first} }}}}\\n\\n{{{{ {second} or \"\" }}}}'"

@@ -27,6 +27,9 @@ class Layout:
     """The chats' column, instead of `messages`: a list, or its JSON as a text, of turns with `role`
     and `content`, or with `from` and `value` as ShareGPT has them. A last turn of the assistant's
     is left out: it is the answer that is asked for."""
+    turns_column: str | None = None
+    """A column with a list of the user's turns, or its JSON, each asked after the answer to the
+    last."""
     id_column: str | None = None
     """The ids' column, instead of `id`."""
     template: str | None = None
@@ -85,6 +88,7 @@ class Layout:
         named = {
             "the prompt": self.prompt_column,
             "the messages": self.messages_column,
+            "the turns": self.turns_column,
             "the id": self.id_column,
         }
         columns = dict.fromkeys((*(self.select or ()), *self.rename, *self.drop), "the output")
@@ -96,7 +100,7 @@ class Layout:
         return [] if self == Layout() else [json.dumps(asdict(self), sort_keys=True, default=list)]
 
 
-_SOURCES = ("prompt_column", "messages_column", "template")
+_SOURCES = ("prompt_column", "messages_column", "turns_column", "template")
 """What may say where the prompt is; one at a time."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.layout.conversation import messages_of, without_answer
+from queue_api.datasets.layout.conversation import messages_of, turns_of, without_answer
 from queue_api.datasets.layout.layout import Layout, quoted
 from queue_api.datasets.layout.openai_batch import (
     BATCH_COLUMNS,
@@ -57,7 +57,7 @@ class LayoutReader:
         if layout.id_column is not None:
             taken -= {"id"}
         self._taken = taken
-        sources = {layout.prompt_column, layout.messages_column} - {None}
+        sources = {layout.prompt_column, layout.messages_column, layout.turns_column} - {None}
         self._unsent: frozenset[str] = frozenset(name for name in {*taken, *sources} if name)
         """Columns shown that the request has already."""
         self._template = _compiled(layout.template, "the template")
@@ -109,6 +109,8 @@ class LayoutReader:
             return f"prompt from column {column!r}"
         if (column := layout.messages_column) is not None:
             return f"messages from column {column!r}"
+        if (column := layout.turns_column) is not None:
+            return f"turns from column {column!r}, each asked after the answer to the last"
         if self._template is not None:
             return (
                 f"prompt from the template, of the columns {quoted(sorted(self._template.names))}"
@@ -159,6 +161,9 @@ class LayoutReader:
         elif (column := layout.messages_column) is not None:
             messages = messages_of(_value(columns, column), column)
             fields["messages"] = self._to_answer(messages, fields)
+        elif (column := layout.turns_column) is not None:
+            first, *fields["turns"] = turns_of(_value(columns, column), column)
+            fields["messages"] = [{"role": "user", "content": first}]
         elif self._template is not None:
             fields["prompt"] = self._template.render(columns)
             if not fields["prompt"]:
