@@ -88,6 +88,14 @@ def run(
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write the rows in the order of the input.")
     ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep results there, and take from there what the same model was asked before.",
+            show_default=False,
+        ),
+    ] = None,
     redis_url: RedisUrl = None,
 ) -> None:
     """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
@@ -126,6 +134,8 @@ def run(
         redo_changed=redo_changed,
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
+        cache=cache,
+        cache_scope=_cache_scope(settings) if workers else "other workers",
     )
     try:
         summary = run_async(run_offline(job, console))
@@ -160,6 +170,11 @@ def _model_of(settings: WorkerSettings) -> str:
     """What the workers load, as far as the settings tell."""
     parts = (settings.model, settings.revision, settings.dtype, settings.quantization)
     return "\n".join(str(part or "") for part in parts)
+
+
+def _cache_scope(settings: WorkerSettings) -> str:
+    """The settings that a text depends on and neither the request nor the model's revision has."""
+    return f"{settings.generation_defaults} {settings.max_model_len}"
 
 
 def _given_redis_url(flag: str | None) -> str | None:

@@ -67,6 +67,10 @@ class OfflineRun:
     redo_changed: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
+    cache: str | None = None
+    """A folder of results of earlier runs."""
+    cache_scope: str = ""
+    """The workers' settings that texts depend on."""
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -146,6 +150,8 @@ async def _generate(
         chunk_size=job.chunk_size,
         window=job.window,
         max_errors=job.max_errors,
+        cache=job.cache,
+        cache_scope=job.cache_scope,
         on_progress=on_progress,
     )
 

@@ -110,6 +110,8 @@ def summary_table(summary: RunSummary) -> Table:
     table.add_row("rows", f"{summary.rows:,}", "")
     if summary.resumed:
         table.add_row("rows written before", f"{summary.resumed:,}", "")
+    if summary.cached:
+        table.add_row("rows from the cache", f"{summary.cached:,}", "")
     table.add_row("errors", f"{summary.errors:,}", "")
     if summary.errors_before:
         table.add_row("errors written before", f"{summary.errors_before:,}", "")

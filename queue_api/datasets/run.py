@@ -22,6 +22,7 @@ from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.opening import open_sink, open_source
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import changed_rows, check_makers
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
@@ -70,6 +71,8 @@ class Dataset:
         chunk_size: int | None = None,
         window: int = DEFAULT_WINDOW,
         max_errors: ErrorLimit | int | str | None = None,
+        cache: Path | str | None = None,
+        cache_scope: str = "",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunSummary:
         """Ask for what isn't written yet, and write it; as run_dataset."""
@@ -78,6 +81,7 @@ class Dataset:
         makers = await _models(client, queue)
         await self._drop_other_models(makers)
         opened = await _open(client, self, queue, chunk_size, makers)
+        kept = None if cache is None else ResponseCache(cache, cache_scope)
         work = DatasetRun(
             client,
             opened,
@@ -87,10 +91,15 @@ class Dataset:
             window=window,
             limit=ErrorLimit.of(max_errors),
             ordered=self.ordered,
+            cache=kept,
             makers=makers,
             listener=on_progress,
         )
-        return await work.run()
+        try:
+            return await work.run()
+        finally:
+            if kept is not None:
+                kept.close()
 
     def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
         """Of the input's rows, from the first."""
@@ -171,6 +180,8 @@ async def run_dataset(
     redo_changed: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
     ordered: bool = False,
+    cache: Path | str | None = None,
+    cache_scope: str = "",
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
@@ -188,6 +199,9 @@ async def run_dataset(
         last thousand, `"5%"`
     :param ordered: write rows in the order of the input; those that are answered before their turn
         are held, `window` at most
+    :param cache: a folder of results of earlier runs: what the same model was asked before isn't
+        asked again
+    :param cache_scope: names the workers' settings that texts depend on, if they vary
     :raises DatasetError: a file can't be used, no row of it can be read, or the output belongs to
         another input, other defaults or another model
     :raises InvalidRequestError: the run id belongs to another input or other defaults
@@ -211,6 +225,8 @@ async def run_dataset(
             chunk_size=chunk_size,
             window=window,
             max_errors=max_errors,
+            cache=cache,
+            cache_scope=cache_scope,
             on_progress=on_progress,
         )
 

@@ -152,8 +152,8 @@ class _Lines(Iterator[str]):
     def never_closed(self) -> DatasetError:
         """What to say where a quoted cell has no end."""
         return DatasetError(
-            f"{self._name} has a quote in the row of line {self._first} that isn't closed: the file was "
-            'cut off, or a quote in a cell isn\'t doubled (""); the rows before were read'
+            f"{self._name} has a quote in the row of line {self._first} that isn't closed: the file "
+            'was cut off, or a quote in a cell isn\'t doubled (""); the rows before were read'
         )
 
 
