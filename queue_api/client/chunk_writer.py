@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
 
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.cancel import cancel_requests
-from queue_api.store.enqueue import QUEUE_FULL, EnqueueCall
+from queue_api.store.enqueue import KEY_TAKEN, QUEUE_FULL, EnqueueCall, key_taken
 from queue_api.store.jobs import (
     chunk_job_id,
     fit_together,
@@ -156,10 +157,19 @@ class ChunkWriter:
             job_id = single_job_id(self._run, index)
             yield self._template.call(job_id, self._run, [(index, as_json)])
 
+    def _without_job(self, call: EnqueueCall) -> Iterator[GenerationResult]:
+        """Results of requests whose job's key is somebody else's."""
+        error = key_taken(call)
+        for index, as_json in call.items:
+            request_id = json.loads(as_json)["id"]
+            yield GenerationResult.failed(request_id, error, run=self._run, index=index)
+
     async def _enqueue(self, calls: Sequence[EnqueueCall], store: RunStore) -> None:
         pause_s = FIRST_PAUSE_S
         while calls:
             returned = await store.enqueue(calls)
+            taken = [c for c, r in zip(calls, returned, strict=True) if r == KEY_TAKEN]
+            await store.emit(self._run, [r for call in taken for r in self._without_job(call)])
             calls = [c for c, r in zip(calls, returned, strict=True) if r == QUEUE_FULL]
             if not calls:
                 return

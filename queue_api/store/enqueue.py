@@ -21,10 +21,11 @@ from queue_api.store.jobs import (
     chunk_payload,
 )
 from queue_api.store.keys import failed_key
+from queue_api.wire.errors import JobKeyTakenError
 
-__all__ = ["ENQUEUED", "QUEUE_FULL", "EnqueueCall", "JobTemplate"]
+__all__ = ["ENQUEUED", "KEY_TAKEN", "QUEUE_FULL", "EnqueueCall", "JobTemplate", "key_taken"]
 
-ENQUEUED, ALREADY_ALIVE, QUEUE_FULL = 1, 0, -1
+ENQUEUED, ALREADY_ALIVE, QUEUE_FULL, KEY_TAKEN = 1, 0, -1, -2
 """What enqueue.lua returns."""
 
 
@@ -33,6 +34,16 @@ class EnqueueCall(NamedTuple):
 
     keys: list[str]
     args: list[Any]
+    items: Sequence[tuple[int, bytes]]
+    """What the job holds: (index in the run, request as JSON)."""
+
+
+def key_taken(call: EnqueueCall) -> JobKeyTakenError:
+    """What is to be said of each request of a job that Redis has no place for."""
+    return JobKeyTakenError(
+        f"Redis holds somebody's key of another type as {call.keys[0]!r}, where the request's job "
+        "would be; remove or rename that key, then submit the request again"
+    )
 
 
 class JobTemplate:
@@ -92,4 +103,4 @@ class JobTemplate:
         args: list[Any] = [job_id, "LPUSH" if at_front else "RPUSH", self._limit]
         for field, value in fields.items():
             args += (field, value)
-        return EnqueueCall(keys, args)
+        return EnqueueCall(keys, args, items)

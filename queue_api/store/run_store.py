@@ -14,7 +14,13 @@ import redis.asyncio as aredis
 from pydantic import ValidationError
 
 from queue_api.connection.connect import check_server, connect, connect_async
-from queue_api.connection.failures import REDIS_ERRORS, friendly, is_answer, is_passing
+from queue_api.connection.failures import (
+    REDIS_ERRORS,
+    friendly,
+    is_answer,
+    is_passing,
+    raise_unless_key,
+)
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
@@ -319,7 +325,9 @@ class RunStore:
             async with self.redis.pipeline(transaction=False) as pipe:
                 for name in names:
                     pipe.hmget(name, [MODEL_FIELD, "death"])
-                return await pipe.execute()
+                replies = await pipe.execute(raise_on_error=False)
+            raise_unless_key(replies)
+            return [reply for reply in replies if not isinstance(reply, Exception)]
 
         told = [model for model, death in await self.call(talk) if model and death is None]
         parts = (model.decode(errors="replace").partition("\n") for model in told)
@@ -340,7 +348,11 @@ class RunStore:
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for key in page:
                         pipe.hmget(key, fields)
-                    return await pipe.execute()
+                    replies = await pipe.execute(raise_on_error=False)
+                raise_unless_key(replies)
+                # somebody's key of another type is no job
+                none: list[bytes | None] = [None] * len(fields)
+                return [none if isinstance(reply, Exception) else reply for reply in replies]
 
             found += await self.call(talk)
         return found
