@@ -20,7 +20,7 @@ from batchmill.commands.options import (
     Stopped,
     fields_of,
     run_async,
-    sampling_options,
+    run_sampling_options,
     tell,
 )
 from batchmill.offline.offline import OfflineRun, run_offline
@@ -38,7 +38,7 @@ from workers.settings import WorkerSettings
 __all__ = ["run"]
 
 
-@sampling_options
+@run_sampling_options
 @worker_engine_options
 def run(
     input: Annotated[  # noqa: A002 - the name shown in the help
@@ -106,6 +106,8 @@ def run(
     # Read here as the workers will: what is wrong is said once and before anything starts.
     settings = WorkerSettings.load(**engine)
     engine_config(settings)
+    if engine["generation_defaults"] is not None:  # workers that are there already may differ
+        sampling = sampling.model_copy(update={"generation_defaults": settings.generation_defaults})
     flags = engine | {
         "model": settings.model,
         "num_threads": settings.num_threads or _threads_each(workers),
@@ -168,7 +170,9 @@ def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool
 
 def _model_of(settings: WorkerSettings) -> str:
     """What the workers load, as far as the settings tell."""
-    parts = (settings.model, settings.revision, settings.dtype, settings.quantization)
+    parts = [settings.model, settings.revision, settings.dtype, settings.quantization]
+    if settings.generation_defaults != "model":
+        parts.append(settings.generation_defaults)
     return "\n".join(str(part or "") for part in parts)
 
 
