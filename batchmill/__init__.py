@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         UnsupportedRequestError,
         WrongOwnerError,
     )
+    from queue_api.wire.request_fields import RequestFields
     from queue_api.wire.sampling import SamplingParams
     from queue_api.wire.sampling_fields import SamplingFields
     from queue_api.wire.schemas import (
@@ -104,6 +105,7 @@ __all__ = [
     "RedisServerError",
     "RedisUnavailableError",
     "RequestError",
+    "RequestFields",
     "RequestOutOfMemoryError",
     "RequestTooLargeError",
     "RowsFailedError",
@@ -166,6 +168,7 @@ _HOMES = {
         "WrongOwnerError",
     ],
     "queue_api.wire.sampling": ["SamplingParams"],
+    "queue_api.wire.request_fields": ["RequestFields"],
     "queue_api.wire.sampling_fields": ["SamplingFields"],
     "queue_api.wire.schemas": [
         "ChatMessage",
