@@ -36,6 +36,8 @@ REQUEST_COLUMNS = frozenset(
     # a column `metadata` is the user's like any other, and comes back as such
     {*GenerationRequest.model_fields, *SAMPLING_FIELDS} - {"metadata"}
 )
+TEXTS = frozenset({"id", "prompt"})
+"""Fields of which an empty text is a value, if a wrong one; elsewhere it is none at all."""
 ALWAYS_READ = frozenset({"id", "prompt", "messages"})
 OUTPUT_COLUMNS = (
     "row",
@@ -158,12 +160,14 @@ class RowParser:
 
     def _fields(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Those that are the request's."""
-        # a table has a null where a row has no value of its own
+        # a table has a null where a row has no value of its own; one that was CSV an empty text
         fields = {
             name: value
             for name, value in columns.items()
-            if name in self._taken and value is not None
+            if name in self._taken and value is not None and (value != "" or name in TEXTS)
         }
+        if fields.get("prompt") == "" and "messages" in fields:
+            del fields["prompt"]
         for name in ("logprobs", "prompt_logprobs"):
             if isinstance(fields.get(name), list):
                 del fields[name]  # those of an output that is used as input again
