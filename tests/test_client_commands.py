@@ -80,9 +80,10 @@ def test_a_run_in_pieces(
         assert batchmill("results", run, "-o", output, environment=environment).returncode == 0
         rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
         assert len(output.read_text().splitlines()) == 6
+    assert rows.keys() == {*range(5), None}  # of one type
     assert [rows[i]["text"] for i in range(5)] == [f"answer to p{i}" for i in range(5)]
     assert [rows[i]["note"] for i in range(5)] == [f"n{i}" for i in range(5)]
-    assert "line 6: not JSON" in rows["5"]["error"]
+    assert "line 6: not JSON" in rows[None]["error"]
 
     status = batchmill("status", run, "--json", environment=environment)
     told = json.loads(status.stdout)
@@ -127,10 +128,9 @@ def test_cancelled_by_command(
     assert len(rq_queue(connection)) == 0
     results = batchmill("results", "r", environment=environment)
     assert results.returncode == 0
-    assert [json.loads(line)["finish_reason"] for line in results.stdout.splitlines()] == [
-        "error",
-        *["cancelled"] * 5,
-    ]
+    rows = [json.loads(line) for line in results.stdout.splitlines()]
+    assert [row["finish_reason"] for row in rows] == ["error", *["cancelled"] * 5]
+    assert [row["id"] for row in rows] == [None, 3, 0, 1, 2, 4]
 
 
 def test_stdin_to_stdout(environment: dict[str, str], answerer: Answerer) -> None:

@@ -190,6 +190,28 @@ def test_columns_travel_as_metadata_when_the_reader_lacks_the_input() -> None:
     assert "prompt" not in out
 
 
+def test_ids_that_are_numbers_stay_so_when_columns_travel() -> None:
+    rows = parse(
+        '{"id": 7, "prompt": "p"}',
+        '{"id": 8, "prompt": "p", "max_tokens": 0}',
+        '{"prompt": "p"}',
+        "{broken",
+        keep_columns=True,
+    )
+    parser = RowParser(keep_columns=True)
+    shown = []
+    for row in rows:
+        if isinstance(row.request, RequestError):
+            kept = parser.kept(row.columns, row.id)
+            result = GenerationResult.failed(row.id, row.request, metadata=kept)
+        else:
+            metadata = row.request.metadata
+            result = GenerationResult(id=row.id, finish_reason="stop", metadata=metadata)
+        travelled = GenerationResult.model_validate_json(result.model_dump_json())
+        shown.append(json.loads(dump_row(output_row(travelled.metadata, travelled)))["id"])
+    assert shown == [7, 8, None, None]
+
+
 def lines_of(content: bytes) -> list[tuple[int, bytes | None]]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)

@@ -75,7 +75,7 @@ async def _requests(data: DatasetInput, parser: RowParser) -> AsyncGenerator[Req
     async with aclosing(data.rows(parser)) as rows:
         async for row in rows:
             if isinstance(row.request, RequestError):
-                kept = parser.kept(row.columns)
+                kept = parser.kept(row.columns, row.id)
                 yield GenerationResult.failed(row.id, row.request, metadata=kept)
             else:
                 yield row.request

@@ -161,8 +161,11 @@ class ChunkWriter:
         """Results of requests whose job's key is somebody else's."""
         error = key_taken(call)
         for index, as_json in call.items:
-            request_id = json.loads(as_json)["id"]
-            yield GenerationResult.failed(request_id, error, run=self._run, index=index)
+            request = json.loads(as_json)
+            metadata = request.get("metadata", {})
+            yield GenerationResult.failed(
+                request["id"], error, run=self._run, index=index, metadata=metadata
+            )
 
     async def _enqueue(self, calls: Sequence[EnqueueCall], store: RunStore) -> None:
         pause_s = FIRST_PAUSE_S

@@ -27,6 +27,7 @@ __all__ = [
     "Row",
     "RowParser",
     "check_fields",
+    "has_number_as_id",
     "output_row",
 ]
 
@@ -62,6 +63,8 @@ OUTPUT_COLUMNS = (
 """What an output row has besides its input columns."""
 RAW = "batchmill.json"
 """Key of an object that stands for the JSON text in it, where columns travel as metadata."""
+_NO_NUMBER = {RAW: "null"}
+"""The id of a row that has none, where ids are numbers, as it travels."""
 
 
 def check_fields(names: Collection[str]) -> frozenset[str]:
@@ -120,23 +123,25 @@ class RowParser:
         """The next row."""
         index, self._index = self._index, self._index + 1
         mark = self.fingerprint(found)
+        shown = self._shown(found)
         try:
             if found.error is not None:
                 raise found.error
-            request = self._request(found, index)
+            request = self._request(found, shown, index)
             as_json = request_json(request)
         except RequestError as error:
             error = type(error)(f"{self.place(found.number)}: {error}")
             name = request_id(_with_text_id(found.read), index)
-            return Row(index, self._shown(found), name, error, mark)
-        return Row(index, self._shown(found), request.id, request, mark, as_json)
+            return Row(index, shown, name, error, mark)
+        return Row(index, shown, request.id, request, mark, as_json)
 
-    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a row's columns travels as metadata."""
+    def kept(self, columns: Mapping[str, Any], asked_id: str) -> dict[str, Any]:
+        """What of a row's columns travels as metadata; an id if it is asked under another text."""
+        own_id = columns.get("id")
         return {
             name: {RAW: str(value)} if isinstance(value, RawJson) else value
             for name, value in columns.items()
-            if name not in self._taken
+            if name not in self._taken or (name == "id" and own_id not in (None, asked_id))
         }
 
     def fingerprint(self, found: Record) -> str:
@@ -175,7 +180,7 @@ class RowParser:
             del fields["sampling"]  # a column of the user's
         return fields
 
-    def _request(self, found: Record, index: int) -> GenerationRequest:
+    def _request(self, found: Record, shown: Mapping[str, Any], index: int) -> GenerationRequest:
         fields = self._fields(found.read)
         self._notices.look(found.read, fields)
         if twice := sorted(found.ambiguous & fields.keys()):
@@ -185,9 +190,7 @@ class RowParser:
             raise InvalidRequestError(f"'id' is {given!r:.60}: give a string or an integer")
         fields["id"] = self._id(given, index, found.number)
         if self.keep_columns:
-            fields["metadata"] = self.kept(found.shown)
-            if given is not None and given != fields["id"]:
-                fields["metadata"]["id"] = given
+            fields["metadata"] = self.kept(shown, fields["id"])
         return as_request(fields, index, self.defaults)
 
     def _id(self, given: str | int | None, index: int, number: int) -> str:
@@ -210,6 +213,12 @@ class RowParser:
             other = f"own-{other}"
         self._places[other] = -number
         return other
+
+
+def has_number_as_id(columns: Mapping[str, Any]) -> bool:
+    """Whether a row that travelled with its columns says that ids are numbers in its dataset."""
+    given = columns.get("id")
+    return given == _NO_NUMBER or (isinstance(given, int) and not isinstance(given, bool))
 
 
 def output_row(
