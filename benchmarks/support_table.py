@@ -716,7 +716,9 @@ def main() -> None:
         args.results = RESULTS if is_plain else RESULTS.with_stem(f"support-{args.quantization}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.lastResort = None  # what the engine says of each model is for _judge_field
+    logging.lastResort = (
+        logging.NullHandler()
+    )  # what the engine says of each model is for _judge_field
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     results = read_results(args.results)
