@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import redis
@@ -15,10 +16,11 @@ from kits.worker_kit import until
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import run_dataset
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.keys import RunKeys
 from queue_api.store.reconcile import Reconciler
-from queue_api.wire.errors import RunIncompleteError, RunNotFoundError
+from queue_api.wire.errors import InvalidRequestError, RunIncompleteError, RunNotFoundError
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 KEYS = RunKeys.of("r")
@@ -188,6 +190,29 @@ def test_jobs_that_are_where_they_should_be_are_waited_for(
             assert (await run.status()).done == 0
 
     asyncio.run(main())
+
+
+def test_a_run_stays_on_its_queue_and_who_names_another_is_told(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer, tmp_path: Path
+) -> None:
+    """Workers of the other may have another model, and would never see its jobs."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    told = "is on queue 'one', not on 'two'"
+
+    async def main() -> None:
+        async with Client(settings=settings, queue="one") as client:
+            await client.submit(PROMPTS, "r", chunk_size=2)
+            with pytest.raises(InvalidRequestError, match=told):
+                await client.submit(PROMPTS, "r", queue="two")
+            await client.submit(PROMPTS, "r")
+            await client.store.open("d", queue="one", fingerprint="any", chunk_size=2)
+            with pytest.raises(InvalidRequestError, match=told):
+                await run_dataset(client, source, output, run="d", queue="two")
+
+    asyncio.run(main())
+    assert len(rq_queue(connection, "one")) == 5
+    assert len(rq_queue(connection, "two")) == 0
 
 
 def test_a_job_of_another_type_hides_no_lost_one(

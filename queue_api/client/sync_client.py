@@ -22,6 +22,7 @@ from queue_api.client.client import Client
 from queue_api.client.run import Run
 from queue_api.client.submission import Requests, several
 from queue_api.connection.settings import QueueSettings
+from queue_api.connection.tasks import end
 from queue_api.store.owner import check_process
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import ClientClosedError
@@ -261,6 +262,4 @@ async def _end(client: Client) -> None:
         await client.close()
     finally:
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await end(others)

@@ -42,7 +42,7 @@ from queue_api.store.keys import (
 from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
 from queue_api.store.scripts import ScriptCall, Scripts, load_scripts
-from queue_api.wire.errors import RedisAccessError, RunNotFoundError
+from queue_api.wire.errors import InvalidRequestError, RedisAccessError, RunNotFoundError
 from queue_api.wire.schemas import ErrorDetail, GenerationResult, describe
 
 __all__ = [
@@ -165,9 +165,19 @@ class RunStore:
         return await self.call(lambda: self._scripts.call(script))
 
     async def open(self, run: str, *, queue: str, **fields: str | int) -> dict[str, str]:
-        """Create the run with these fields, or leave what is there; returns what is there."""
+        """Create the run with these fields, or leave what is there; returns what is there.
+
+        :raises InvalidRequestError: it is there, on another queue: no worker of this one, which may
+            have another model, would ever see it
+        """
         made = {"queue": queue, "created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
-        return await self._fields(check_run_id(run), "make", made)
+        there = await self._fields(check_run_id(run), "make", made)
+        if there["queue"] != queue:
+            raise InvalidRequestError(
+                f"run {run!r} is on queue {there['queue']!r}, not on {queue!r}: go on with it "
+                "there, or choose another run id"
+            )
+        return there
 
     async def add(self, run: str, **fields: str | int) -> dict[str, str]:
         """Write fields that the run's hash doesn't have yet; returns what is there.
