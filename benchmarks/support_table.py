@@ -668,7 +668,7 @@ def _field_lines(fields: dict[str, Result]) -> list[str]:
         "is that of `generate(do_sample=False)` with the same file, with a value of the field that "
         f"changes some texts ({', '.join(f'`{name}`' for name in sorted(NO_EFFECT))} change none "
         "of a greedy model whose logits are numbers). Warned: a warning names the field, and the "
-        "text is made without it.",
+        "text is made without it (uncut alone).",
         "",
         "| field | " + " | ".join(f"`{name}`" for name in architectures) + " |",
         "|---" * (1 + len(architectures)) + "|",
