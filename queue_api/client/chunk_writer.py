@@ -53,10 +53,12 @@ class ChunkWriter:
         submitted: int = 0,
         wait_when_full: bool = True,
         job_ttl_s: int | None = None,
+        fingerprint: str = "",
     ) -> None:
         self._store = store
         self._run = run
         self._template = store.template(queue, job_ttl_s)
+        self._fingerprint = fingerprint
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full
@@ -151,11 +153,14 @@ class ChunkWriter:
     def _jobs(self, number: int, chunk: list[tuple[int, bytes]]) -> Iterator[EnqueueCall]:
         """What enqueues these requests of a chunk."""
         if fit_together([as_json for _, as_json in chunk]):
-            yield self._template.call(chunk_job_id(self._run, number), self._run, chunk)
+            yield self._call(chunk_job_id(self._run, number), chunk)
             return
         for index, as_json in chunk:
             job_id = single_job_id(self._run, index)
-            yield self._template.call(job_id, self._run, [(index, as_json)])
+            yield self._call(job_id, [(index, as_json)])
+
+    def _call(self, job_id: str, items: list[tuple[int, bytes]]) -> EnqueueCall:
+        return self._template.call(job_id, self._run, items, fingerprint=self._fingerprint)
 
     def _without_job(self, call: EnqueueCall) -> Iterator[GenerationResult]:
         """Results of requests whose job's key is somebody else's."""

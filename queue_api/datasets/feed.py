@@ -46,6 +46,7 @@ class OpenedRun:
     run: str
     queue: str
     chunk_size: int
+    fingerprint: str
     submitted: int
     done: Bitmap
     """What Redis takes for done."""
@@ -97,6 +98,7 @@ class DatasetRun:
             queue=opened.queue,
             chunk_size=opened.chunk_size,
             submitted=opened.submitted,
+            fingerprint=opened.fingerprint,
             done=Bitmap(),  # which rows are done is decided here, with the output file
             job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
         )

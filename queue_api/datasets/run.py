@@ -364,6 +364,7 @@ async def _open(
         run=run,
         queue=there["queue"],
         chunk_size=int(there["chunk_size"]),
+        fingerprint=mark,
         submitted=int(there.get("submitted", 0)),
         done=done,
         waiting=waiting,

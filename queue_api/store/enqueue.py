@@ -16,6 +16,7 @@ from queue_api.store.jobs import (
     BATCH_SIZE_FIELD,
     GENERATE,
     MAX_RETRIES_FIELD,
+    RUN_FINGERPRINT_FIELD,
     GenerateJob,
     GenerateQueue,
     chunk_payload,
@@ -79,10 +80,12 @@ class JobTemplate:
         items: Sequence[tuple[int, bytes]],
         *,
         at_front: bool = False,
+        fingerprint: str = "",
     ) -> EnqueueCall:
         """Enqueue these requests of the run as the job of that id.
 
         :param items: (index in the run, request as JSON)
+        :param fingerprint: tells the run from others that had its name before
         """
         time = utcformat(now())
         payload = chunk_payload(run, items)
@@ -94,6 +97,8 @@ class JobTemplate:
             "description": f"{GENERATE} {run} {items[0][0]}-{items[-1][0]}",
             BATCH_SIZE_FIELD: len(items),
         }
+        if fingerprint:
+            fields[RUN_FINGERPRINT_FIELD] = fingerprint
         keys = [
             GenerateJob.key_for(job_id),
             self.queue.key,
@@ -101,6 +106,7 @@ class JobTemplate:
             failed_key(self.queue.name),
         ]
         args: list[Any] = [job_id, "LPUSH" if at_front else "RPUSH", self._limit]
+        args.append(fingerprint)
         for field, value in fields.items():
             args += (field, value)
         return EnqueueCall(keys, args, items)
