@@ -68,7 +68,9 @@ class RQHandlers:
         because: Because,
     ) -> None:
         """Give requests of a chunk jobs of their own; see split_off."""
-        if self._held(lease) is not None:
+        if self._held(lease) is None:
+            return
+        with self._burying(lease):
             split_off(
                 self._connection,
                 self._queue(lease),
