@@ -128,3 +128,15 @@ def test_a_request_that_breaks_the_engine_is_quarantined(connection, start_worke
     assert codes in ([1, 1], [1, 1, 1])
     found = completed(connection, "run", 20)
     assert [result.error.code for result in found if not result.ok] == ["quarantined"]
+
+
+def test_a_quarantined_request_gets_its_metadata_back(connection, settings, start_worker):
+    async def submit_one() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit([{"prompt": "poison", "metadata": {"note": [1]}}], "run")
+
+    asyncio.run(submit_one())
+    serve_until_done(connection, start_worker, 1, BREAKING)
+    (result,) = completed(connection, "run", 1)
+    assert result.error.code == "quarantined"
+    assert result.metadata == {"note": [1]}
