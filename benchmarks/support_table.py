@@ -402,7 +402,7 @@ def examine(name: str, quantization: Quantization) -> Result:
         if not logits.isfinite().all():
             result.reason = "its logits aren't finite"
             return result
-        _note_how_telling(reference, prompts, result)
+        _note_how_telling(reference, result)
         cuts = cuts_for(config, few=bool(rope or field))
         if field and not is_applied(field):
             cuts = cuts[:1]
@@ -463,6 +463,12 @@ def with_field(plain: Reference, name: str, result: Result) -> Reference:
 
     What the engine leaves out, `generate` isn't given, either: the texts are those without.
     """
+    # some fields are about what a text repeats of its prompt: each has some of its text in it
+    prompts = [
+        prompt + text[:3] if 1 < len(prompt) <= LONGEST - 3 else prompt
+        for prompt, text in zip(plain.prompts, plain.texts, strict=True)
+    ]
+    plain = Reference(plain.folder, prompts)
     values = values_for(name, plain.texts)
     if is_applied(name):
         change_generation_config(plain.folder, values)
@@ -487,9 +493,9 @@ def _judge_field(name: str, warnings: list[str], result: Result) -> None:
         result.status, result.reason = "unbuildable", "it changes no text of the small model"
 
 
-def _note_how_telling(reference: Reference, prompts: list[list[int]], result: Result) -> None:
+def _note_how_telling(reference: Reference, result: Result) -> None:
     result.distinct_tokens = len({token for text in reference.texts for token in text})
-    tokens = max(prompts, key=len)[:12]
+    tokens = max(reference.prompts, key=len)[:12]
     swapped = [*tokens[:6], tokens[8], tokens[7], tokens[6], *tokens[9:]]
     result.sensitivity = relative_error(
         reference.logits(swapped)[-1:], reference.logits(tokens)[-1:]
