@@ -20,7 +20,8 @@ _EOS = 2
 
 def _ending_early(texts: Texts, **fields: Any) -> dict[str, Any]:
     """With ends of text that random models come to, in most of their texts but not at once."""
-    return {**fields, "eos_token_id": sorted({_EOS, *(text[5] for text in texts[::2])})}
+    ends = {text[5] for text in texts[::2] if len(text) > 5}
+    return {**fields, "eos_token_id": sorted({_EOS, *ends})}
 
 
 _VALUES: dict[str, Callable[[Texts], dict[str, Any]]] = {
@@ -28,7 +29,7 @@ _VALUES: dict[str, Callable[[Texts], dict[str, Any]]] = {
         "sequence_bias": [
             [[texts[0][0]], -50.0],
             [texts[1][:2], -50.0],
-            [[texts[2][1]], 3.0],
+            [[texts[2][-1]], 3.0],
         ]
     },
     "encoder_repetition_penalty": lambda _: {"encoder_repetition_penalty": 1.5},
