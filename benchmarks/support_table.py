@@ -362,9 +362,9 @@ def count_wrong(
     """How many texts differ from the reference's otherwise than by a tie, which is noted.
 
     Also noted: a text that the reference, too, ends so when given the part up to where it differs,
-    or the one it was resumed with (`parts`, in tokens), or when it computes its prompt in two parts.
-    Some models' text depends on what is computed at once, by what is next to a tie within them
-    (experts, selected keys).
+    or the one it was resumed with (`parts`, in tokens), or when it computes its prompt in two
+    parts. Some models' text depends on what is computed at once, by what is next to a tie within
+    them (experts, selected keys).
     """
     wrong = 0
     for i, found in enumerate(texts):
@@ -659,8 +659,8 @@ def _otherwise(results: dict[str, Result]) -> str:
         return ""
     return (
         f"; some texts of {', '.join(names)} are what the model itself makes when it computes the "
-        "prompt in two parts, or the prompt and a part of the text, which isn't what it made of the "
-        "prompt at once: an expert or a selected key is next to a tie within it"
+        "prompt in two parts, or the prompt and a part of the text, which isn't what it made of "
+        "the prompt at once: an expert or a selected key is next to a tie within it"
     )
 
 
