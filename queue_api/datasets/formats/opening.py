@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from queue_api.datasets.formats.arrow_source import ArrowSource
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
 from queue_api.datasets.formats.csv_source import CsvSource
 from queue_api.datasets.formats.json_source import JsonSource
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
+from queue_api.datasets.formats.parquet_source import ParquetSource
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
@@ -19,7 +21,13 @@ from queue_api.datasets.formats.text_source import TextSource
 
 __all__ = ["FORMATS", "open_sink", "open_source"]
 
-FORMATS: tuple[type[RowSource], ...] = (TextSource, JsonSource, CsvSource)
+FORMATS: tuple[type[RowSource], ...] = (
+    ParquetSource,
+    ArrowSource,
+    TextSource,
+    JsonSource,
+    CsvSource,
+)
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
 
 
