@@ -85,7 +85,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN - -o out.jsonl <&-", "can't read the standard input: it is closed"),
         ("$RUN in.jsonl -o - > /dev/full", "can't write -: No space left on device"),
         ("$BATCHMILL --version > /dev/full", "can't write: No space left on device"),
-        ("$RUN . -o out.jsonl", "can't read .: Is a directory"),
+        ("$RUN . -o out.jsonl", "the folder . has files of several formats: '.csv', '.jsonl'"),
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),
         ("$RUN table.csv -o out.jsonl", "Its columns are 'n', 'question': rename"),
@@ -141,6 +141,23 @@ def test_pipes_are_inputs_and_outputs(shell: Shell, tmp_path: Path) -> None:
         rows = rows_of(tmp_path / f"{name}.jsonl")
         assert [row["text"] for row in rows] == ["a a", "b b"], name
     assert len(source.read_text().splitlines()) == 2
+
+
+def test_several_files_of_any_format_are_one_input(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data/b.jsonl", {"prompt": "b"})
+    (tmp_path / "data/a.csv").write_text("prompt\na\n")
+    (tmp_path / "c.lst").write_text("c\nd\n")
+    for _ in range(2):  # the second time, the pattern matches the output, too
+        done = shell("$RUN 'data/*' data/../data/a.csv -o data/out.jsonl")
+        assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in rows_of(tmp_path / "data/out.jsonl")] == ["a a", "b b", "a a"]
+    done = shell("$RUN c.lst -o out.jsonl --format txt")
+    assert done.returncode == 0, done.stderr
+    assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == ["c", "d"]
+    done = shell("$BATCHMILL submit c.lst --format xml")
+    assert done.returncode == 2
+    assert "no format 'xml': there are jsonl, json, csv, tsv, parquet, arrow, txt" in done.stderr
 
 
 def test_no_file_takes_the_place_of_a_closed_stream(shell: Shell, tmp_path: Path) -> None:

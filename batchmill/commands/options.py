@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from queue_api.client.client import Client
 from queue_api.connection.settings import EnvironmentSettings, QueueSettings
 from queue_api.datasets.columns import check_fields
+from queue_api.datasets.formats.opening import FORMAT_NAMES
 from queue_api.wire.errors import (
     BatchmillError,
     ConfigurationError,
@@ -43,6 +44,8 @@ __all__ = [
     "GENERATION_DEFAULTS",
     "ChunkSize",
     "Fields",
+    "InputFormat",
+    "InputNames",
     "QueueName",
     "RedisUrl",
     "RowSampling",
@@ -90,6 +93,24 @@ ChunkSize = Annotated[
         min=1,
         max=1024,
         help="Requests to an RQ job. Default: $BATCHMILL_CHUNK_SIZE or 32.",
+        show_default=False,
+    ),
+]
+
+InputNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files of rows, folders of them, patterns in quotes, addresses such as hf://… or "
+        "https://…; - is stdin.",
+    ),
+]
+InputFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(FORMAT_NAMES),
+        help="What the input is in. Default: what its content tells, or the name .txt.",
         show_default=False,
     ),
 ]

@@ -13,6 +13,8 @@ from batchmill.commands.engine_options import EngineFlags, worker_engine_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
+    InputFormat,
+    InputNames,
     QueueName,
     RedisUrl,
     RowSampling,
@@ -41,9 +43,7 @@ __all__ = ["run"]
 @run_sampling_options
 @worker_engine_options
 def run(
-    input: Annotated[  # noqa: A002 - the name shown in the help
-        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
-    ],
+    input: InputNames,  # noqa: A002 - the name shown in the help
     *,
     output: Annotated[
         str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
@@ -60,6 +60,7 @@ def run(
         int, typer.Option(min=1, help="Requests that may be in Redis at a time.")
     ] = DEFAULT_WINDOW,
     show: Annotated[int, typer.Option(min=0, help="Rows to show at the end.")] = 0,
+    format: InputFormat = None,  # noqa: A002
     fields: Fields = None,
     row_sampling: RowSampling = True,
     retry_errors: Annotated[
@@ -120,7 +121,7 @@ def run(
     }
     console = Console(stderr=True)
     job = OfflineRun(
-        input=input,
+        inputs=input,
         output=output,
         redis_url=_given_redis_url(redis_url),
         defaults=sampling,
@@ -131,6 +132,7 @@ def run(
         chunk_size=chunk_size,
         window=window,
         model=_model_of(settings) if workers else "",
+        format=format,
         fields=fields_of(fields, row_sampling=row_sampling),
         retry_errors=retry_errors,
         redo_changed=redo_changed,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
 
 import typer
 
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
+    InputFormat,
+    InputNames,
     QueueName,
     RedisUrl,
     RowSampling,
@@ -33,14 +34,13 @@ __all__ = ["submit"]
 
 @sampling_options
 def submit(
-    input: Annotated[  # noqa: A002 - the name shown in the help
-        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
-    ],
+    input: InputNames,  # noqa: A002 - the name shown in the help
     *,
     sampling: SamplingParams,
     run: RunId = None,
     queue: QueueName = None,
     chunk_size: ChunkSize = None,
+    format: InputFormat = None,  # noqa: A002
     fields: Fields = None,
     row_sampling: RowSampling = True,
     redis_url: RedisUrl = None,
@@ -52,7 +52,7 @@ def submit(
     names = fields_of(fields, row_sampling=row_sampling)
 
     async def work() -> str:
-        data = DatasetInput(input)
+        data = DatasetInput(input, format=format)
         try:
             await data.look(sampling, names)
             parser = RowParser(

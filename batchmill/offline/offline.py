@@ -8,7 +8,7 @@ command again goes on from there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ class ServerEndedError(RunIncompleteError):
 class OfflineRun:
     """What one `batchmill run` is to do."""
 
-    input: str
+    inputs: Sequence[str]
     output: str
     redis_url: str | None
     """None: start a private one."""
@@ -61,6 +61,8 @@ class OfflineRun:
     """Requests that may be in Redis at a time."""
     model: str = ""
     """Names the model and how it is loaded, so that runs with others are others."""
+    format: str | None = None
+    """Of the input; None: its content tells."""
     fields: frozenset[str] | None = None
     """The columns that are read as their requests' fields; None: all with the name of one."""
     retry_errors: bool = False
@@ -86,11 +88,12 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
     """The files, looked at: what is wrong with one is told before anything is started."""
     return open_dataset(
-        job.input,
+        job.inputs,
         job.output,
         defaults=job.defaults,
         run=job.run,
         model=job.model,
+        format=job.format,
         fields=job.fields,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from queue_api.datasets.columns import Row, RowParser
-from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.formats.opening import Inputs, open_source
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.unreadable import LINE_BYTES, why_unreadable
 from queue_api.datasets.record_stream import RecordStream
@@ -22,13 +22,21 @@ LOOK_AT_BYTES = 8 * 2**20
 
 
 class DatasetInput:
-    """A file, a pipe or, as `-`, the standard input, and its records in an event loop.
+    """Files, a pipe or, as `-`, the standard input, and their records in an event loop; the
+    parameters are open_source's.
 
-    :raises DatasetError: it can't be opened
+    :raises DatasetError: they can't be opened
+    :raises ConfigurationError: there is no such format
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.source = open_source(path)
+    def __init__(
+        self,
+        inputs: Inputs,
+        *,
+        format: str | None = None,  # noqa: A002 - as on the command line
+        output: Path | str = "",
+    ) -> None:
+        self.source = open_source(inputs, format=format, output=output)
         self._ahead: list[list[Record]] = []
         """Batches that were read to look at them."""
         self._stream: RecordStream | None = None

@@ -379,6 +379,8 @@ class DatasetRun:
 
 def _count_rows(source: RowSource) -> int | None:
     """How many rows there will be; None if it can't be read, which its reader will say."""
+    if source.waits:  # it would come over the network once more
+        return None
     try:
         return source.count()
     except DatasetError:

@@ -19,7 +19,7 @@ from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.maker import Maker
-from queue_api.datasets.formats.opening import open_sink, open_source
+from queue_api.datasets.formats.opening import Inputs, open_sink, open_source
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.response_cache import ResponseCache
@@ -113,12 +113,13 @@ class Dataset:
 
 @asynccontextmanager
 async def open_dataset(
-    input: Path | str,  # noqa: A002 - as on the command line
+    input: Inputs,  # noqa: A002 - as on the command line
     output: Path | str,
     *,
     defaults: SamplingParams | None = None,
     run: str | None = None,
     model: str = "",
+    format: str | None = None,  # noqa: A002
     fields: Collection[str] | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
@@ -134,7 +135,7 @@ async def open_dataset(
     """
     names = None if fields is None else check_fields(fields)
     _check_defaults(defaults)
-    data = DatasetInput(input)
+    data = DatasetInput(input, format=format, output=output)
     source = data.source
     try:
         _check_apart(source, output)
@@ -152,7 +153,7 @@ async def open_dataset(
         )
         try:
             if source.is_same_file(sink.info()):
-                raise DatasetError(f"{input} can't be both input and output")
+                raise DatasetError(f"{source.name} can't be both input and output")
             # scripts read the output whatever the run ended with: of a wrong input it is empty
             dataset.keeps_empty = True
             await data.look(defaults, names)
@@ -167,7 +168,7 @@ async def open_dataset(
 
 async def run_dataset(
     client: Client,
-    input: Path | str,  # noqa: A002 - as on the command line
+    input: Inputs,  # noqa: A002 - as on the command line
     output: Path | str,
     *,
     defaults: SamplingParams | None = None,
@@ -175,6 +176,7 @@ async def run_dataset(
     queue: str | None = None,
     chunk_size: int | None = None,
     window: int = DEFAULT_WINDOW,
+    format: str | None = None,  # noqa: A002
     fields: Collection[str] | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
@@ -185,12 +187,14 @@ async def run_dataset(
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
-    """Generate for each row of a JSON Lines file and append it, answered, to another.
+    """Generate for each row of a file, or of several, and append it, answered, to another.
 
     Doing it again with the same input, output and defaults after any crash goes on where it
     stopped. At most `window` requests are in Redis at a time. A row that is wrong becomes a row
-    with an `error`. `-` is stdin or stdout. The columns are in docs/datasets.md.
+    with an `error`. `-` is stdin or stdout. Formats and columns are in docs/datasets.md.
 
+    :param input: files, patterns, folders, addresses that fsspec knows, or, alone, a pipe
+    :param format: what the input is in, such as `"txt"`; None: its content tells
     :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
         and `messages`; all others come back untouched. None: all that have the name of a field
     :param retry_errors: ask again for the rows of the output that have an error
@@ -212,6 +216,7 @@ async def run_dataset(
         output,
         defaults=defaults,
         run=run,
+        format=format,
         fields=fields,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
@@ -232,7 +237,7 @@ async def run_dataset(
 
 
 def dataset_run_id(
-    input: Path | str,  # noqa: A002
+    input: Inputs,  # noqa: A002
     output: Path | str,
     defaults: SamplingParams | None = None,
 ) -> str:
@@ -240,7 +245,7 @@ def dataset_run_id(
 
     :raises DatasetError: the input can't be read
     """
-    source = open_source(input)
+    source = open_source(input, output=output)
     try:
         return run_id_of(source, output, defaults)
     finally:
