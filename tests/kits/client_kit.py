@@ -14,7 +14,7 @@ from queue_api.store.jobs import GenerateJob, GenerateQueue, decode_chunk, parse
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
 from queue_api.store.scripts import load_script
-from queue_api.wire.schemas import FinishReason, GenerationResult
+from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult
 
 
 def rq_queue(connection: redis.Redis, name: str = "batchmill") -> GenerateQueue:
@@ -39,6 +39,10 @@ class Answerer:
         self.connection = connection
         self._emit = connection.register_script(load_script("emit"))
 
+    def text_of(self, request: GenerationRequest) -> str:
+        """The answer to a request."""
+        return f"answer to {request.prompt}"
+
     def answer(self, jobs: int = 2**30, queue: str = "batchmill") -> int:
         """Answer so many jobs, or all there are; returns how many requests that were."""
         answered = 0
@@ -57,7 +61,7 @@ class Answerer:
                         id=request.id,
                         run=chunk.run,
                         index=index,
-                        text=f"answer to {request.prompt}",
+                        text=self.text_of(request),
                         finish_reason=FinishReason.STOP,
                         prompt_tokens=2,
                         completion_tokens=3,
