@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,9 +19,15 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from backports import zstd
+from kits.house import ROOT
 
 from queue_api.datasets.formats.opening import Inputs, open_source
-from queue_api.wire.errors import BatchmillError, ConfigurationError, DatasetError
+from queue_api.wire.errors import (
+    BatchmillError,
+    ConfigurationError,
+    DatasetError,
+)
 
 
 def write(path: Path, *prompts: str) -> Path:
@@ -214,6 +222,38 @@ def test_addresses_are_files_patterns_and_folders() -> None:
         assert source.identity() != before
     assert "there is no such file" in told_of("memory://rows/none.jsonl")
     assert "no file matches" in told_of("memory://rows/*.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("rows.parquet", "pyarrow"), ("rows.zst", "backports"), ("memory://rows", "fsspec")],
+)
+def test_a_package_that_is_missing_is_named_with_what_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    write_shard(tmp_path / "rows.parquet", "a")
+    (tmp_path / "rows.zst").write_bytes(zstd.compress(b"{}"))
+    address = name if "://" in name else str(tmp_path / name)
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    told = told_of(address)
+    assert "pip install 'batchmill[files]'" in told
+    assert "isn't installed" in told
+
+
+def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "a")
+    script = (
+        "import sys; from batchmill import Client, run_dataset\n"
+        "from queue_api.datasets.formats.opening import open_source\n"
+        f"assert list(open_source({str(path)!r}).records())\n"
+        "print({'pyarrow', 'fsspec', 'datasets', 'pandas', 'backports'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_file_address_is_a_file(tmp_path: Path) -> None:

@@ -495,6 +495,7 @@ def test_values_come_as_json_can_say_them(tmp_path: Path, kind: str) -> None:
         ),
         "day": (pyarrow.array([date(2024, 5, 6)]), '"2024-05-06"'),
         "took": (pyarrow.array([timedelta(seconds=1.5)]), "1.5"),
+        "took_ns": (pyarrow.array([1_500_000_001], pyarrow.duration("ns")), "1.500000001"),
         "bytes": (pyarrow.array([b"\xff\0"]), '{"base64": "/wA="}'),
         "text": (pyarrow.array(["é".encode()]), '"é"'),
         "nan": (pyarrow.array([float("nan")]), "null"),

@@ -169,7 +169,10 @@ def _with_readable_times(array: Any) -> Any:
     try:
         return array.cast(coarser)
     except pyarrow.ArrowInvalid:
-        return array.cast(pyarrow.int64() if types.is_duration(kind) else pyarrow.string())
+        if not types.is_duration(kind):
+            return array.cast(pyarrow.string())
+        seconds = [None if scalar.value is None else scalar.value / 10**9 for scalar in array]
+        return pyarrow.array(seconds, pyarrow.float64())
 
 
 def _read(value: Any) -> Any:  # noqa: PLR0911 - a line a type
