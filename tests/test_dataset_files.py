@@ -90,6 +90,10 @@ def test_a_pattern_is_its_files_sorted_without_the_output(tmp_path: Path) -> Non
     assert prompts_of(str(tmp_path / "**" / "*.jsonl")) == ["a", "c", "sub/b"]
     assert prompts_of(pattern, output=tmp_path / "c.jsonl") == ["a"]
     assert told_of(str(tmp_path / "*.csv")).startswith("no file matches ")
+    write(tmp_path / "c.jsonl.certificate.json", "no")
+    assert prompts_of(str(tmp_path / "*.json*"), output=tmp_path / "c.jsonl") == ["a"]
+    write(tmp_path / "sub" / "made" / "part-00000.jsonl", "no")
+    assert prompts_of(tmp_path / "sub", output=tmp_path / "sub" / "made") == ["sub/b"]
     odd = write(tmp_path / "odd[1].jsonl", "odd")
     assert prompts_of(odd) == ["odd"]
 

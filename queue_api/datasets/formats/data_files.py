@@ -6,14 +6,13 @@ import glob
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["Folder", "chosen_files", "local_files", "without"]
+__all__ = ["Folder", "chosen_files", "local_files"]
 
 _DATA = re.compile(
     r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|feather|txt)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE
@@ -38,13 +37,15 @@ class Folder:
     """One of them."""
 
 
-def local_files(name: str) -> list[str]:
+def local_files(name: str, output: str = "") -> list[str]:
     """The files of this machine that a name, a pattern or a folder stands for, in order.
 
+    :param output: what is written; a pattern or a folder leaves it out
     :raises DatasetError: a pattern matches nothing, or a folder has no data that goes together
     """
     if not os.path.lexists(name) and glob.has_magic(name):
-        found = sorted(path for path in glob.glob(name, recursive=True) if not Path(path).is_dir())  # noqa: PTH207
+        found = [path for path in glob.glob(name, recursive=True) if not Path(path).is_dir()]  # noqa: PTH207
+        found = sorted(path for path in found if not _is_of(path, output))
         if not found:
             raise DatasetError(f"no file matches {name!r}")
         return found
@@ -56,6 +57,7 @@ def local_files(name: str) -> list[str]:
         path.relative_to(folder).as_posix()
         for parent, _, names in os.walk(folder, followlinks=True)
         for path in (Path(parent, each) for each in names)
+        if not _is_of(path, output)
     )
     chosen = chosen_files(Folder(name, files, lambda file: (folder / file).read_bytes()))
     return [str(folder / file) for file in chosen]
@@ -147,18 +149,9 @@ def _format_of(file: str) -> str:
     return "" if found is None else f".{found[1].lower()}"
 
 
-def without(files: Iterable[str], output: str) -> list[str]:
-    """The files but for the one that is written: a pattern may match it, too."""
-    try:
-        written = os.stat(output)  # noqa: PTH116 - of a str or a Path
-    except OSError:
-        return list(files)
-    return [file for file in files if not _is(file, written)]
-
-
-def _is(file: str, written: os.stat_result) -> bool:
-    try:
-        info = os.stat(file)  # noqa: PTH116
-    except OSError:
+def _is_of(file: Path | str, output: str) -> bool:
+    """True if a run wrote the file: its output, a part of it, or its certificate."""
+    if output in ("", "-"):
         return False
-    return stat.S_ISREG(info.st_mode) and os.path.samestat(info, written)
+    real, written = Path(file).resolve(), Path(output).resolve()
+    return real == Path(f"{written}.certificate.json") or real.is_relative_to(written)

@@ -9,7 +9,7 @@ from queue_api.datasets.formats.arrow_source import ArrowSource
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
 from queue_api.datasets.formats.csv_source import CsvSource, TsvSource
-from queue_api.datasets.formats.data_files import local_files, without
+from queue_api.datasets.formats.data_files import local_files
 from queue_api.datasets.formats.joined_source import JoinedSource
 from queue_api.datasets.formats.json_source import JsonSource
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
@@ -75,7 +75,7 @@ def open_source(
     if len(files) == 1:
         return _open_one(files[0], format)
     if not files:
-        raise DatasetError("no input is given" if not names else f"{names[0]!r} is the output")
+        raise DatasetError("no input is given")
     _check_many(files)
     return JoinedSource(" ".join(names), files, lambda file: _open_one(file, format))
 
@@ -83,8 +83,7 @@ def open_source(
 def _files_of(name: str, output: str) -> list[str]:
     if is_address(name):
         return remote_files(name)
-    found = [name] if name == "-" else local_files(name)
-    return found if found == [name] else without(found, output)
+    return [name] if name == "-" else local_files(name, output)
 
 
 def _check_many(files: Sequence[str]) -> None:
