@@ -25,6 +25,15 @@ import pytest
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
+from kits.format_kit import (
+    FORMATS,
+    Format,
+    check_cut,
+    check_pipe,
+    check_rows,
+    most_memory,
+    rows_made,
+)
 
 from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.json_source import elements_of
@@ -64,6 +73,46 @@ def rows_before_the_error(path: Path) -> tuple[list[dict[str, Any]], str]:
         except DatasetError as error:
             return rows, str(error)
     return rows, ""
+
+
+# ----------------------------------------------------------------------------------- all of them
+
+each_format = pytest.mark.parametrize("kind", FORMATS, ids=[kind.name for kind in FORMATS])
+
+
+@each_format
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_the_rows_are_those_that_its_own_library_reads(
+    tmp_path: Path, kind: Format, count: int
+) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(count), path)
+    assert len(kind.read(path)) == count
+    check_rows(kind, path)
+
+
+@each_format
+def test_rows_come_through_a_pipe(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(3000), path)
+    check_pipe(kind, path, tmp_path / "fifo")
+
+
+@each_format
+def test_of_a_file_that_was_cut_off_the_first_rows_are_read(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(2000), path)
+    size = path.stat().st_size
+    check_cut(kind, path, iter([30, size // 3, size // 2 + 1, size - 40, size - 9, size - 2]))
+
+
+@each_format
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(2000, size=1000), path)
+    few = most_memory(path)
+    kind.write(rows_made(16_000, size=1000), path)
+    assert most_memory(path) < few + 4 * 2**20
 
 
 # ------------------------------------------------------------------------------------ compressed
@@ -433,18 +482,6 @@ def test_a_table_is_read_as_pyarrow_reads_it(tmp_path: Path, kind: str, is_packe
         assert source.schema() == TABLE.schema
     WRITE[kind](TABLE.slice(0, 0), path)
     assert records_of(path) == []
-
-
-@pytest.mark.parametrize("kind", WRITE)
-def test_a_table_comes_from_a_pipe(tmp_path: Path, kind: str) -> None:
-    fifo, path = tmp_path / "fifo", tmp_path / "rows"
-    os.mkfifo(fifo)
-    WRITE[kind](TABLE, path)
-    writer = threading.Thread(target=fifo.write_bytes, args=(path.read_bytes(),))
-    writer.start()
-    rows, told = rows_before_the_error(fifo)
-    writer.join()
-    assert (rows, told) == (TABLE.to_pylist(), "")
 
 
 @pytest.mark.parametrize("kind", WRITE)

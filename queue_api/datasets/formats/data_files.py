@@ -55,7 +55,7 @@ def local_files(name: str, output: str = "") -> list[str]:
     folder = _snapshot(folder)
     files = sorted(
         path.relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder, followlinks=True)
+        for parent, _, names in os.walk(folder)
         for path in (Path(parent, each) for each in names)
         if not _is_of(path, output)
     )
