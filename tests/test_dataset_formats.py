@@ -353,6 +353,26 @@ def test_a_table_is_told_by_content(tmp_path: Path, name: str) -> None:
     assert (first.number, second.number) == (2, 6)
 
 
+def test_a_name_says_what_parts_cells(tmp_path: Path) -> None:
+    for suffix, separator in (("tsv", "\t"), ("psv", "|")):
+        path = tmp_path / f"table.{suffix}.gz"
+        path.write_bytes(
+            gzip.compress(f"prompt, in short{separator}n, m\na, b{separator}c\n".encode())
+        )
+        assert [record.read for record in records_of(path)] == [
+            {"prompt, in short": "a, b", "n, m": "c"}
+        ]
+
+
+def test_a_line_that_begins_like_an_array_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for first in ("[INFO] loaded", '["a", "b"]', "[1]"):
+        path.write_text(first + '\n{"prompt": "a"}\n{"prompt": "b"}\n')
+        wrong, *rest = records_of(path)
+        assert wrong.error is not None
+        assert [record.read for record in rest] == [{"prompt": "a"}, {"prompt": "b"}]
+
+
 def test_cells_that_are_fields_are_read_and_shown_as_they_came(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     names = ["prompt", "max_tokens", "temperature", "ignore_eos", "stop", "seed", "messages"]

@@ -43,18 +43,21 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["row"]))
 
 
-def test_what_is_damaged_costs_none_of_the_rows_before_it(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_damaged_costs_none_of_the_rows_before_it(
+    run: Run, tmp_path: Path, ordered: bool
+) -> None:
     source, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
     lines = [json.dumps({"prompt": f"p{i}"}).encode() + b"\n" for i in range(300)]
     packed = gzip.compress(b"".join(lines[:200])) + gzip.compress(b"".join(lines[200:]))
     source.write_bytes(packed[:-10])
     with pytest.raises(DatasetError, match="is gzip that was cut off"):
-        run(source, output)
+        run(source, output, ordered=ordered)
     found = rows_of(output)
     assert len(found) >= 200
     assert [row["text"] for row in found] == [f"answer to p{i}" for i in range(len(found))]
     source.write_bytes(packed)
-    summary = run(source, output)
+    summary = run(source, output, ordered=ordered)
     assert (summary.resumed, summary.rows) == (len(found), 300 - len(found))
     assert [row["prompt"] for row in rows_of(output)] == [f"p{i}" for i in range(300)]
 

@@ -113,6 +113,11 @@ def what_text_is(path: Path | str, lines: Sequence[bytes]) -> str:
                 f"write one to each line: jq -c . {path}"
             )
         return ""
+    if first.startswith(b"["):
+        return (
+            f"{path} begins with a list, but not of objects: write an object to each line, such as "
+            f"jq -c '.[] | {{prompt: .}}' {path}"
+        )
     if header := _header(lines):
         shown = ", ".join(map(repr, header[:MOST_COLUMNS_SHOWN]))
         return f"{path} looks like CSV with the columns {shown}: read it as such with --format csv"
