@@ -63,7 +63,7 @@ def _source_of(packed: ByteInput) -> RowSource:
     return next(kinds, JsonLinesSource)(data)
 
 
-def open_sink(path: Path | str) -> RowSink:
+def open_sink(path: Path | str, **_: object) -> RowSink:
     """Where rows are written; `-` is stdout.
 
     :raises DatasetError: it can't be written, is another's, or is being written
