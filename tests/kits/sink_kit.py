@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from queue_api.datasets.columns import output_row
 from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.wire.schemas import ErrorDetail, GenerationResult
 
@@ -49,16 +52,19 @@ def _unzstd(path: Path) -> bytes:
     return subprocess.run(["zstd", "-dc", path], capture_output=True, check=True).stdout
 
 
+PLAIN = OutputOptions()
+
+
 @dataclass(frozen=True)
 class Kind:
     """An output in one format, and how others read it."""
 
     name: str
     read: Callable[[Path], Rows]
-    options: tuple[tuple[str, Any], ...] = ()
+    options: OutputOptions = PLAIN
 
     def open(self, folder: Path, **options: Any) -> RowSink:
-        return open_sink(self.path(folder), **{**dict(self.options), **options})
+        return open_sink(self.path(folder), self.options, **options)
 
     def path(self, folder: Path) -> Path:
         return folder / self.name
@@ -76,7 +82,10 @@ LINES = [
     Kind("out.jsonl.gz", lambda path: lines_of(gzip.decompress(path.read_bytes()))),
     Kind("out.jsonl.zst", lambda path: lines_of(_unzstd(path))),
 ]
-KINDS = [*LINES]
+PARTS = [
+    Kind("out.parquet", lambda path: pq.read_table(path).to_pylist(), OutputOptions(part_rows=37)),
+]
+KINDS = [*LINES, *PARTS]
 
 
 def kill_while(work: Callable[..., None], *args: Any, within_s: float, seed: int) -> None:
