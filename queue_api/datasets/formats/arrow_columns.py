@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MOST_FIELDS = 256
 """Of an object whose keys become fields; one with more is a map, whose keys are data."""
 MOST_LEVELS = 16
+LOOK_AT_ROWS = 500
+"""To know the columns from."""
 _SCALARS = ("null", "bool", "int", "uint", "float", "halffloat", "double", "string", "large_string")
 
 
@@ -75,10 +77,16 @@ class ArrowColumns:
 
     def table(self, lines: bytes) -> pa.Table:
         """The rows of some lines of JSON; widens `schema` where they need it."""
+        if not self._types:
+            self._look_at(lines.splitlines()[:LOOK_AT_ROWS])  # mostly the others are like these
         fitting = self._read_fitting(lines)
         if fitting is not None:
             return fitting
-        rows = [json.loads(line) for line in lines.splitlines()]
+        return self._look_at(lines.splitlines())
+
+    def _look_at(self, lines: Sequence[bytes]) -> pa.Table:
+        """The same, value by value."""
+        rows = [json.loads(line) for line in lines]
         values: dict[str, list[Any]] = {}
         for number, row in enumerate(rows):
             for name, value in row.items():
@@ -99,26 +107,39 @@ class ArrowColumns:
             schema=schema,
         )
 
-    def conformed(self, table: pa.Table) -> pa.Table:
-        """A table of an earlier, narrower schema as one of the present schema."""
+    def joined(self, tables: Sequence[pa.Table]) -> pa.Table:
+        """Tables of earlier, narrower schemas as one of the present schema; widens that where what
+        they hold asks for it."""
+        while True:
+            schema = self.schema
+            made = [self._conformed(table) for table in tables]
+            if self.schema == schema:
+                return self._pa.concat_tables(made)
+
+    def _conformed(self, table: pa.Table) -> pa.Table:
         columns = []
-        for field in self.schema:
-            if field.name not in table.column_names:
-                columns.append(self._pa.nulls(table.num_rows, field.type))
-                continue
-            column = table[field.name]
-            if column.type == field.type:
+        for name in self.schema.names:
+            kind = self._types[name]
+            column = table[name] if name in table.column_names else None
+            if column is None:
+                columns.append(self._pa.nulls(table.num_rows, kind))
+            elif column.type == kind:
                 columns.append(column)
-            elif field.name in self._texts:
-                columns.append(self._pa.array(map(as_text, column.to_pylist()), field.type))
             else:
-                columns.append(self._pa.array(column.to_pylist(), field.type))
-        return self._pa.Table.from_arrays(columns, schema=self.schema)
+                columns.append(self._converted(name, column.to_pylist()))
+        return self._pa.Table.from_arrays(columns, names=self.schema.names)
+
+    def _converted(self, name: str, values: Sequence[Any]) -> Any:
+        """Values of a narrower type."""
+        try:
+            if name not in self._texts:
+                return self._pa.array(values, self._types[name])
+        except _refusals(self._pa):  # an integer that a double has no place for
+            self._make_text(name)
+        return self._pa.array(map(as_text, values), self._pa.string())
 
     def _read_fitting(self, lines: bytes) -> pa.Table | None:
         """The same without a look at each value, if all of them fit."""
-        if not self._types:
-            return None
         from pyarrow import json as arrow_json
 
         pa, schema = self._pa, self.schema
@@ -157,7 +178,7 @@ class ArrowColumns:
 
     def _widen(self, name: str, found: Any) -> None:
         pa = self._pa
-        known = self._types.get(name, pa.null())
+        known = self._types.setdefault(name, pa.null())
         if name in self._texts or known == found:
             return
         pair = [pa.schema([(name, known)]), pa.schema([(name, found)])]
@@ -183,12 +204,36 @@ def _narrowed(pa: Any, found: Any, kind: Any) -> Any:
     """An array in that type, if nothing of it is lost; else None."""
     if kind is None or found.type == kind:
         return found if kind is not None and _is_plain(pa, kind) else None
+    if not _is_of_shape(pa, found.type, kind):
+        return None
     try:
         made = found.cast(kind)
         is_same = _in_json(pa, kind) != kind or made.cast(found.type).equals(found)
     except _refusals(pa):
         return None
     return made if is_same else None
+
+
+def _is_of_shape(pa: Any, found: Any, kind: Any) -> bool:
+    """Whether values change in nothing but width: Arrow makes true of 1, and text of numbers."""
+    is_list, is_struct = pa.types.is_list, pa.types.is_struct
+    if pa.types.is_null(found):
+        return True
+    if is_list(found) and (is_list(kind) or pa.types.is_large_list(kind)):
+        return _is_of_shape(pa, found.value_type, kind.value_type)
+    if is_struct(found) and is_struct(kind):
+        return all(
+            bool(kind.get_field_index(field.name) >= 0)
+            and _is_of_shape(pa, field.type, kind.field(field.name).type)
+            for field in found
+        )
+    if pa.types.is_string(found):
+        return bool(pa.types.is_large_string(kind) or _in_json(pa, kind) != kind)
+    return bool(_is_number(pa, found) and _is_number(pa, kind))
+
+
+def _is_number(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _is_exact(pa: Any, table: Any) -> bool:

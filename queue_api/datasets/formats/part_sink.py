@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from queue_api.datasets.formats.arrow_columns import ArrowColumns, arrow
-from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.jsonl_sink import LEAST_FREE_BYTES, sync_folder
 from queue_api.datasets.formats.row_journal import RowJournal
 from queue_api.datasets.formats.row_sink import (
@@ -26,7 +25,7 @@ from queue_api.datasets.formats.row_sink import (
     WrittenRow,
     written_row,
 )
-from queue_api.datasets.formats.whole_values import in_one_type
+from queue_api.datasets.formats.whole_values import line_of_one_type
 from queue_api.wire.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -130,11 +129,10 @@ class PartSink(RowSink):
     def finish(self) -> None:
         try:
             self._flush()
-            schema = self._columns.schema
-            for name in [name for name in self._parts if self._schemas[name] != schema]:
-                tables = list(self.read_part(self._folder / name))
-                whole = self._pa.concat_tables([self._columns.conformed(t) for t in tables])
-                self._put_part(name, whole)
+            while narrower := self._narrower():
+                for name in narrower:
+                    tables = list(self.read_part(self._folder / name))
+                    self._put_part(name, self._columns.joined(tables))
             self._describe()
         except OSError as error:
             raise self._unwritable(error) from None
@@ -163,7 +161,7 @@ class PartSink(RowSink):
             os.close(self._lock)
 
     def _write(self, rows: Sequence[MadeRow]) -> list[None]:
-        lines = [dump_row(in_one_type(row.columns)) for row in rows]
+        lines = [line_of_one_type(row) for row in rows]
         try:
             while lines:
                 room = max(1, self._part_rows - self._open_rows - self._journal.rows)
@@ -318,10 +316,15 @@ class PartSink(RowSink):
         last = self._last
         if last is not None:
             earlier = list(self.read_part(self._folder / last))
-            table = self._pa.concat_tables([*map(self._columns.conformed, earlier), table])
+            table = self._columns.joined([*earlier, table])
         numbers = [int(name[5 : -len(self.suffix)]) for name in self._parts]
         self._put_part(last or self._name(max(numbers, default=-1) + 1), table)
         self._journal.clear()
+
+    def _narrower(self) -> list[str]:
+        """The parts that were written before the schema was as wide as it is now."""
+        schema = self._columns.schema
+        return [name for name, known in self._schemas.items() if known != schema]
 
     def _put_part(self, name: str, table: pa.Table) -> None:
         aside = self._write_aside(name, table)

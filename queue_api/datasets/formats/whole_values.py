@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
+from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.record import RawJson
+from queue_api.datasets.formats.row_sink import MadeRow
 
-__all__ = ["in_one_type"]
+__all__ = ["line_of_one_type"]
 
 
-def in_one_type(columns: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The columns; an object that has a key twice is a text, for a table would lose one of them."""
-    raw = {name for name, value in columns.items() if isinstance(value, RawJson)}
-    if not raw:
-        return columns
-    return {
-        name: str(value) if name in raw and _has_twice(value) else value
-        for name, value in columns.items()
+def line_of_one_type(row: MadeRow) -> bytes:
+    """The row as a line; an object that has a key twice is a text in it, for a table would lose one
+    of them."""
+    twice = {
+        name: str(value)
+        for name, value in row.columns.items()
+        if isinstance(value, RawJson) and _has_twice(value)
     }
+    return dump_row({**row.columns, **twice}) if twice else row.line
 
 
 def _has_twice(text: str) -> bool:
