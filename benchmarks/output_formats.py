@@ -17,7 +17,7 @@ from typing import Any
 from pyarrow import parquet
 
 from queue_api.datasets.columns import output_row
-from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.row_sink import MadeRow
 from queue_api.wire.schemas import GenerationResult
 

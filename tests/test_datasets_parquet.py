@@ -136,7 +136,7 @@ def test_the_types_of_the_source_stand_where_values_fit(tmp_path: Path) -> None:
         [("n", pa.int32()), ("f", pa.float32()), ("at", pa.timestamp("us")), ("gone", pa.string())]
     )
     rows = [{"n": 1, "f": 0.5, "at": "2020-01-02 03:04:05"}] * 12
-    path, told = written(tmp_path, rows, schema=source)
+    path, told = written(tmp_path, rows, schema=lambda: source)
     schema = pq.read_schema(path / "part-00000.parquet")
     assert [schema.field(name).type for name in ("n", "f", "at")] == list(source.types[:3])
     assert "gone" not in schema.names

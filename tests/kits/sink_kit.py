@@ -11,14 +11,15 @@ import random
 import signal
 import subprocess
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from queue_api.datasets.columns import output_row
-from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.wire.schemas import ErrorDetail, GenerationResult
@@ -52,6 +53,32 @@ def _unzstd(path: Path) -> bytes:
     return subprocess.run(["zstd", "-dc", path], capture_output=True, check=True).stdout
 
 
+def _of_datasets(path: Path) -> Rows:
+    datasets = pytest.importorskip("datasets")
+    return list(datasets.load_from_disk(str(path)).to_list())
+
+
+def _of_batch(path: Path) -> Rows:
+    errors = Path(f"{path}.errors.jsonl").read_bytes()
+    found = lines_of(path.read_bytes()) + lines_of(errors)
+    return [line["batchmill"] for line in found]
+
+
+def _of_two(path: Path) -> Rows:
+    apart = lines_of((path.parent / "errors.jsonl").read_bytes())
+    assert all(row["error"] == "wrong" for row in apart)
+    main = pq.read_table(path).to_pylist() if path.suffix == ".parquet" else None
+    return apart + (lines_of(path.read_bytes()) if main is None else main)
+
+
+def _of_copied(path: Path) -> Rows:
+    rows = lines_of(path.read_bytes())
+    copies = lines_of((path.parent / "errors.jsonl").read_bytes())
+    wrong = sorted(row["row"] for row in rows if row["error"])
+    assert sorted(row["row"] for row in copies) == wrong
+    return rows
+
+
 PLAIN = OutputOptions()
 
 
@@ -64,7 +91,10 @@ class Kind:
     options: OutputOptions = PLAIN
 
     def open(self, folder: Path, **options: Any) -> RowSink:
-        return open_sink(self.path(folder), self.options, **options)
+        wanted = self.options
+        if wanted.errors is not None:
+            wanted = replace(wanted, errors=str(folder / wanted.errors))
+        return open_sink(self.path(folder), wanted, **options)
 
     def path(self, folder: Path) -> Path:
         return folder / self.name
@@ -84,8 +114,15 @@ LINES = [
 ]
 PARTS = [
     Kind("out.parquet", lambda path: pq.read_table(path).to_pylist(), OutputOptions(part_rows=37)),
+    Kind("out", _of_datasets, OutputOptions("datasets", part_rows=37)),
 ]
-KINDS = [*LINES, *PARTS]
+PAIRS = [
+    Kind("out.batch.jsonl", _of_batch, OutputOptions("openai")),
+    Kind("apart.jsonl", _of_two, OutputOptions(errors="errors.jsonl", errors_only_apart=True)),
+    Kind("apart.parquet", _of_two, OutputOptions(errors="errors.jsonl", errors_only_apart=True)),
+    Kind("copied.jsonl", _of_copied, OutputOptions(errors="errors.jsonl")),
+]
+KINDS = [*LINES, *PARTS, *PAIRS]
 
 
 def kill_while(work: Callable[..., None], *args: Any, within_s: float, seed: int) -> None:

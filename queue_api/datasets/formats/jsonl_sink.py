@@ -45,6 +45,8 @@ class JsonLinesSink(RowSink):
     :raises MissingExtraError: what packs it isn't installed
     """
 
+    format = "jsonl"
+
     def __init__(self, path: Path | str) -> None:
         super().__init__(str(path))
         self._path = path

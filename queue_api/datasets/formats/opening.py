@@ -1,32 +1,21 @@
-"""Which format an input or output is in: told by its content first, then by its name."""
+"""Which format an input is in: told by its content first, then by its name."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
 from queue_api.datasets.formats.csv_source import CsvSource
 from queue_api.datasets.formats.json_source import JsonSource
-from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
-from queue_api.datasets.formats.output_options import OutputOptions
-from queue_api.datasets.formats.parquet_sink import ParquetSink
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import start_in_utf8
 from queue_api.datasets.formats.text_source import TextSource
 
-if TYPE_CHECKING:
-    import pyarrow
-
-__all__ = ["FORMATS", "open_sink", "open_source"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["FORMATS", "open_source"]
 
 FORMATS: tuple[type[RowSource], ...] = (TextSource, JsonSource, CsvSource)
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
@@ -70,27 +59,3 @@ def _source_of(packed: ByteInput) -> RowSource:
     start, name = start_in_utf8(data.start()), name_inside(data.name)
     kinds = (kind for kind in FORMATS if kind.fits(start, name))
     return next(kinds, JsonLinesSource)(data)
-
-
-def open_sink(
-    path: Path | str,
-    options: OutputOptions = OutputOptions(),  # noqa: B008 - it is frozen
-    *,
-    schema: pyarrow.Schema | None = None,
-    warn: Callable[[str], None] = logger.warning,
-) -> RowSink:
-    """Where rows are written; `-` is stdout. The format is the options', else the name's.
-
-    :param schema: the types of the input's columns, where it says them
-    :raises DatasetError: it can't be written, is another's, or is being written
-    :raises MissingExtraError: a package for its format isn't installed
-    """
-    output_format = options.format or ("parquet" if is_parquet(path) else "jsonl")
-    if output_format == "jsonl":
-        return JsonLinesSink(path)
-    return ParquetSink(path, part_rows=options.part_rows, schema=schema, warn=warn)
-
-
-def is_parquet(path: Path | str) -> bool:
-    """Whether a name is that of Parquet."""
-    return str(path).rstrip("/").lower().endswith((".parquet", ".pq"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from queue_api.datasets.formats.arrow_columns import arrow
 from queue_api.datasets.formats.part_sink import PartSink
 
 if TYPE_CHECKING:
@@ -19,14 +20,17 @@ BATCH_ROWS = 8192
 class ParquetSink(PartSink):
     """Files `part-00000.parquet` and so on, of one schema when the run is complete."""
 
+    format = "parquet"
     suffix = ".parquet"
 
-    def write_part(self, path: Path, table: pa.Table) -> None:
+    @staticmethod
+    def write_part(path: Path, table: pa.Table) -> None:
         from pyarrow import parquet
 
         parquet.write_table(table, path, compression="zstd")
 
-    def read_part(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    @staticmethod
+    def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
@@ -35,11 +39,12 @@ class ParquetSink(PartSink):
             is_empty = True
             for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
                 is_empty = False
-                yield self._pa.Table.from_batches([batch])
+                yield arrow().Table.from_batches([batch])
             if is_empty:
                 yield file.read(columns=wanted)
 
-    def schema_of(self, path: Path) -> pa.Schema:
+    @staticmethod
+    def schema_of(path: Path) -> pa.Schema:
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:

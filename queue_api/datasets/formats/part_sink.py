@@ -95,20 +95,23 @@ class PartSink(RowSink):
         except OSError as error:
             raise self._unwritable(error) from None
 
+    @staticmethod
     @abstractmethod
-    def write_part(self, path: Path, table: pa.Table) -> None:
+    def write_part(path: Path, table: pa.Table) -> None:
         """Write a file of rows."""
 
+    @staticmethod
     @abstractmethod
-    def read_part(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The rows of a file in some tables, none of which is large; columns that it lacks are
         left out.
 
         :raises ValueError: it isn't of this format
         """
 
+    @staticmethod
     @abstractmethod
-    def schema_of(self, path: Path) -> pa.Schema:
+    def schema_of(path: Path) -> pa.Schema:
         """The columns of a part.
 
         :raises ValueError: it isn't of this format
@@ -245,14 +248,14 @@ class PartSink(RowSink):
     def _check_ours(self) -> None:
         """:raises DatasetError: there is something that we didn't write"""
         for path in self._folder.iterdir():
-            if not self._is_part(path.name) and path.name not in self.extra_files:
+            if not self.is_part(path.name) and path.name not in self.extra_files:
                 raise self._foreign(f"holds {path.name!r}, which batchmill didn't write")
 
     def _forget_parts(self) -> None:
         """Learn anew which rows are there."""
         self._forget_rows()
         self._parts, self._facts, self._schemas = {}, {}, {}
-        for name in sorted(filter(self._is_part, (path.name for path in self._folder.iterdir()))):
+        for name in sorted(filter(self.is_part, (path.name for path in self._folder.iterdir()))):
             path = self._folder / name
             try:
                 self._schemas[name] = self.schema_of(path)
@@ -288,8 +291,10 @@ class PartSink(RowSink):
 
     # -------------------------------------------------------------------------- writing parts
 
-    def _is_part(self, name: str) -> bool:
-        return re.fullmatch(r"part-\d{5,}" + re.escape(self.suffix), name) is not None
+    @classmethod
+    def is_part(cls, name: str) -> bool:
+        """Whether a file of the folder is a part."""
+        return re.fullmatch(r"part-\d{5,}" + re.escape(cls.suffix), name) is not None
 
     def _name(self, number: int) -> str:
         return f"part-{number:05}{self.suffix}"

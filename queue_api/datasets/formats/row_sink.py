@@ -98,6 +98,8 @@ class RowSink(ABC):
     sinks of one output exclude each other.
     """
 
+    format: str
+    """Its name in certificates."""
     is_durable = True
     """Whether it is a file or folder that stays, and so can have a certificate."""
 
@@ -112,7 +114,7 @@ class RowSink(ABC):
 
         :raises DatasetError: no space, closed pipe, …
         """
-        self._withdraw_certificate()
+        self.withdraw_certificate()
         for row, digest in zip(rows, self._write(rows), strict=True):
             self._note_made(row, digest)
 
@@ -125,7 +127,7 @@ class RowSink(ABC):
 
         :raises DatasetError: no space, or rows can't be taken out of it
         """
-        self._withdraw_certificate()
+        self.withdraw_certificate()
         self._drop(is_unwanted)
 
     @abstractmethod
@@ -155,6 +157,13 @@ class RowSink(ABC):
         """Where what is said of the whole output stands: beside it."""
         return Path(f"{self.name.rstrip('/')}{CERTIFICATE}")
 
+    def withdraw_certificate(self) -> None:
+        """Take it away before the output changes: it isn't of that any more."""
+        if not self.has_changed and self.is_durable:
+            with contextlib.suppress(OSError):
+                self.certificate.unlink()
+        self.has_changed = True
+
     @abstractmethod
     def _write(self, rows: Sequence[MadeRow]) -> Sequence[int | None]:
         """`append`; returns the digest of each row as this format writes it, or None if that of its
@@ -171,6 +180,26 @@ class RowSink(ABC):
     def end(self) -> int:
         """The row behind the last one that is written."""
         return len(self._marks)
+
+    @property
+    def rows(self) -> int:
+        """How many rows are written."""
+        return self._rows
+
+    @property
+    def errors(self) -> int:
+        """How many rows with an error were there when it was opened, or are left of them."""
+        return self._errors
+
+    @property
+    def error_codes(self) -> Counter[str]:
+        """Of all rows that are written, with an error."""
+        return self._error_codes
+
+    @property
+    def content(self) -> int:
+        """The sum of the rows' content digests, which doesn't depend on their order."""
+        return self._content
 
     @property
     def makers(self) -> set[Maker]:
@@ -198,25 +227,12 @@ class RowSink(ABC):
         """Of each row up to `end`, as this format writes it; 0 where there is none."""
         return self._digests
 
-    def _withdraw_certificate(self) -> None:
-        """It isn't of this output any more."""
-        if not self.has_changed and self.is_durable:
-            with contextlib.suppress(OSError):
-                self.certificate.unlink()
-        self.has_changed = True
-
     def _forget_rows(self) -> None:
         self._marks = array("Q")
         self._digests = array("Q")
         self._makers = [Maker()]
-        self.rows = 0
-        """How many rows are written."""
-        self.errors = 0
-        """How many rows with an error were there when it was opened, or are left of them."""
-        self.error_codes = Counter[str]()
-        """Of all rows that are written."""
-        self.content = 0
-        """The sum of the rows' content digests, which doesn't depend on their order."""
+        self._rows = self._errors = self._content = 0
+        self._error_codes = Counter[str]()
 
     def _note_found(self, known: WrittenRow, digest: int | None) -> None:
         """Remember a row that is there."""
@@ -227,7 +243,7 @@ class RowSink(ABC):
         content = content_digest(known.index, known.columns)
         mark |= _IS_ERROR * known.is_error
         self._note(known.index, mark, digest, content, known.columns)
-        self.errors += known.is_error
+        self._errors += known.is_error
 
     def _note_made(self, row: MadeRow, digest: int | None) -> None:
         """Remember a row that has been written."""
@@ -240,12 +256,12 @@ class RowSink(ABC):
             missing = row + 1 - len(self._marks)
             self._marks.extend([0] * missing)
             self._digests.extend([0] * missing)
-        self.rows += self._marks[row] == 0
+        self._rows += self._marks[row] == 0
         self._marks[row] = mark | _IS_THERE
         self._digests[row] = short_of(content) if digest is None else digest
-        self.content = (self.content + content) % MODULUS
+        self._content = (self._content + content) % MODULUS
         if columns.get("finish_reason") == "error":
-            self.error_codes[str(columns.get("error_code") or "")] += 1
+            self._error_codes[str(columns.get("error_code") or "")] += 1
 
 
 def written_row(columns: Mapping[str, Any]) -> WrittenRow | None:
