@@ -260,7 +260,7 @@ class PartSink(RowSink):
             try:
                 self._schemas[name] = self.schema_of(path)
                 self._note_part(path)
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, OSError) as error:
                 raise self._foreign(f"holds {name}, which can't be read: {error}") from None
             self._columns.add(self._schemas[name])
 
@@ -276,6 +276,7 @@ class PartSink(RowSink):
 
     def _rows_of(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[WrittenRow]:
         for table in self.read_part(path, columns):
+            table.validate(full=True)  # what is damaged mustn't be followed to anywhere
             for row in table.to_pylist():
                 if (known := written_row(row)) is None:
                     raise self._foreign(f"holds {path.name}, whose rows batchmill didn't write")

@@ -68,11 +68,12 @@ def survey(output_format: str, path: Path) -> Iterator[SeenRow | SeenFile | Faul
 
 
 def _lines(kind: type[JsonLinesSink], path: Path) -> Iterator[SeenRow | SeenFile | Fault]:
-    number, held = 0, list[tuple[int, bytes]]()
+    number, good, held = 0, 0, list[tuple[int, bytes]]()
     with path.open("rb") as file:
         try:
             for item in codec_of(path.name).read(file):
                 if isinstance(item, int):
+                    good = item
                     for place, line in held:
                         yield _seen(kind, line, f"line {place} of {path.name}")
                     held.clear()
@@ -84,6 +85,8 @@ def _lines(kind: type[JsonLinesSink], path: Path) -> Iterator[SeenRow | SeenFile
         else:
             if held:
                 yield Fault(f"line {held[0][0]} of {path.name} is torn")
+            elif good < path.stat().st_size:
+                yield Fault(f"{path.name} is torn behind byte {good}")
         file.seek(0)
         yield SeenFile(path.name, hashlib.file_digest(file, "sha256").hexdigest(), True)
 
@@ -96,10 +99,11 @@ def _seen(kind: type[JsonLinesSink], line: bytes, place: str) -> SeenRow | Fault
 
 
 def _parts(kind: type[PartSink], folder: Path) -> Iterator[SeenRow | SeenFile | Fault]:
-    refusals = (arrow().ArrowException, ValueError, KeyError)
+    refusals = (arrow().ArrowException, ValueError, KeyError, OSError)
     for path in sorted(entry for entry in folder.iterdir() if kind.is_part(entry.name)):
         try:
             for table in kind.read_part(path, LEDGER_COLUMNS):
+                table.validate(full=True)  # what is damaged mustn't be followed to anywhere
                 for row in table.to_pylist():
                     found = written_row(row)
                     if found is None:
