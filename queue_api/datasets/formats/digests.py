@@ -6,22 +6,25 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CONTENT_COLUMNS", "MODULUS", "content_digest", "line_digest", "short_of"]
+__all__ = ["MODULUS", "content_digest", "line_digest", "short_of"]
 
-CONTENT_COLUMNS = ("fingerprint", "finish_reason", "error", "text")
-"""What a row says, whatever it is written in, wherever and how fast it was made."""
 MODULUS = 2**128
 
 
 def content_digest(row: int, columns: Mapping[str, Any]) -> int:
-    """128 bits that stand for a row's number and what it says.
+    """128 bits that stand for a row's number, what made it, and its text or error: whatever it is
+    written in, wherever and how fast it was made.
 
     Digests of rows add up, modulo MODULUS, to one of them all that doesn't depend on their order:
     M. Bellare and D. Micciancio, A New Paradigm for Collision-Free Hashing, 1997 (AdHash). At this
     size it tells of accidents, not of an attacker's work.
     """
-    parts = "\0".join([str(row), *(str(columns.get(name) or "") for name in CONTENT_COLUMNS)])
-    digest = hashlib.blake2b(parts.encode(errors="surrogatepass"), digest_size=16).digest()
+    get = columns.get
+    said = (
+        f"{row}\0{get('fingerprint') or ''}\0{get('finish_reason') or ''}\0{get('error') or ''}\0"
+        f"{get('text') or ''}"
+    )
+    digest = hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=16).digest()
     return int.from_bytes(digest, "big")
 
 
