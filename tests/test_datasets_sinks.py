@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -177,6 +180,43 @@ def test_what_is_of_others_is_never_touched(kind: Kind, tmp_path: Path, content:
 def test_a_place_that_cannot_be_written_is_told(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="can't write"):
         kind.open(tmp_path / "none")
+
+
+def write_until_full(kind: Kind, folder: Path, limit: int, ack: int) -> None:
+    sink = kind.open(folder)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        for start in range(0, 10_000, 5):
+            sink.append([made(row) for row in range(start, start + 5)])
+            os.write(ack, start.to_bytes(4, "big"))
+    except DatasetError as error:
+        assert "can't write" in str(error)
+    with contextlib.suppress(DatasetError):
+        sink.close()
+    os._exit(0)
+
+
+@every_kind
+@pytest.mark.parametrize("limit", [3000, 12_000])
+def test_where_there_is_no_room_what_was_written_stays(
+    kind: Kind, tmp_path: Path, limit: int
+) -> None:
+    reading, writing = os.pipe()
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=write_until_full, args=(kind, tmp_path, limit, writing))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        batches = len(pipe.read()) // 4
+    assert batches < 2000
+    sink = kind.open(tmp_path)
+    assert [row for row in range(batches * 5) if row not in sink] == []
+    sink.append([made(row) for row in range(2000) if row not in sink])
+    sink.finish()
+    sink.close()
+    assert kind.rows(tmp_path) == list(range(2000))
 
 
 @every_kind

@@ -89,6 +89,8 @@ class PartSink(RowSink):
         self._facts: dict[str, OutputFile] = {}
         self._schemas: dict[str, Any] = {}
         self._is_new = not os.path.lexists(path)
+        self._is_broken = False
+        """Whether a part couldn't be written: only the files tell then which rows are where."""
         try:
             self._lock = self._locked()
             self._take_up()
@@ -148,6 +150,8 @@ class PartSink(RowSink):
 
     def close(self, *, keep_empty: bool = True) -> None:
         try:
+            if self._is_broken:
+                return
             self._flush()
             is_kept = self.rows or keep_empty or not self._is_new
             if is_kept and not self._parts:
@@ -318,6 +322,7 @@ class PartSink(RowSink):
         """Make a part of the journal."""
         if not self._journal.rows:
             return
+        self._is_broken = True
         table = self._columns.table(self._journal.read())
         last = self._last
         if last is not None:
@@ -326,6 +331,7 @@ class PartSink(RowSink):
         numbers = [int(name[5 : -len(self.suffix)]) for name in self._parts]
         self._put_part(last or self._name(max(numbers, default=-1) + 1), table)
         self._journal.clear()
+        self._is_broken = False
 
     def _narrower(self) -> list[str]:
         """The parts that were written before the schema was as wide as it is now."""

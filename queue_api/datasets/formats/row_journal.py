@@ -18,7 +18,7 @@ class RowJournal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab+")
+        self._file = path.open("ab+", buffering=0)
         self.rows = 0
         self.num_bytes = 0
         self._recover()
@@ -26,16 +26,21 @@ class RowJournal:
     def append(self, lines: list[bytes]) -> None:
         """Add whole lines; they are on disk then."""
         data = b"".join(lines)
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), self.num_bytes)
+            raise
         self.rows += len(lines)
         self.num_bytes += len(data)
 
     def read(self) -> bytes:
         """All of it."""
         self._file.seek(0)
-        return self._file.read()
+        return self._file.readall()
 
     def objects(self) -> list[dict[str, Any]]:
         """The rows of it."""
