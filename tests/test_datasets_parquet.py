@@ -87,6 +87,9 @@ def test_what_one_type_cannot_hold_is_text_and_told_once(tmp_path: Path) -> None
         [{}, {"a": 1}],
         [[], [None], [1], [1.5]],
         [True, 1],
+        [True, 0.5],
+        [[True], [0.5]],
+        [{"a": 0.5}, {"a": True}],
         [1, True],
         ["2020-01-01", "x"],
         [{str(i): i for i in range(1000)}],
@@ -96,12 +99,16 @@ def test_what_one_type_cannot_hold_is_text_and_told_once(tmp_path: Path) -> None
     ],
 )
 def test_no_value_is_cut_without_a_word(tmp_path: Path, values: list[Any]) -> None:
-    """Each in a part of its own, so that those before it had a narrower schema."""
-    rows = [[{"x": value}] * 10 for value in values]
-    path, _ = written(tmp_path, *rows)
+    """Each in a part of its own, so that those before it had a narrower schema, and all in one."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    apart.mkdir()
+    together.mkdir()
+    path, _ = written(apart, *([{"x": value}] * 10 for value in values))
     found = column(path, "x")[::10]
-    for value, read in zip(values, found, strict=True):
-        assert same(value, read), (value, read)
+    path, _ = written(together, [{"x": value} for value in values])
+    for value, first, second in zip(values, found, column(path, "x"), strict=True):
+        assert same(value, first), (value, first)
+        assert same(value, second), (value, second)
 
 
 def same(value: Any, read: Any) -> bool:
@@ -183,6 +190,25 @@ def test_an_ended_run_leaves_nothing_beside_the_folder(tmp_path: Path) -> None:
     assert [
         pq.read_metadata(file).num_rows for file in sorted((tmp_path / "out.parquet").iterdir())
     ] == [10, 2]
+
+
+def test_what_is_complete_is_not_written_again(tmp_path: Path) -> None:
+    rows = [{"x": [{"a": 1}], "y": None}] * 23
+    path, _ = written(tmp_path, rows)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    for _ in range(2):
+        sink = KIND.open(tmp_path)
+        sink.finish()
+        sink.close()
+    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+    sink = KIND.open(tmp_path)
+    sink.append([made(row, x=[{"a": 2}], y=None) for row in range(23, 45)])
+    sink.finish()
+    sink.close()
+    after = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    first_two = sorted(before)[:2]
+    assert {name: after[name] for name in first_two} == {name: before[name] for name in first_two}
+    assert column(path, "x")[22:24] == [[{"a": 1}], [{"a": 2}]]
 
 
 def test_text_of_a_value() -> None:

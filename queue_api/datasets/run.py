@@ -116,7 +116,11 @@ class Dataset:
                 mode="json", exclude_unset=True
             )
             said = {"run": self.run_id, "input": self.data.source.name, "sampling": options}
-            write_certificate(sink, work.total, work.made_by, said)
+            try:
+                write_certificate(sink, work.total, work.made_by, said)
+            except DatasetError as error:
+                # each row is on disk; that isn't undone by a folder where nothing may be made
+                self.warn(f"the output is complete and has no certificate: {error}")
 
     def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
         """Of the input's rows, from the first."""

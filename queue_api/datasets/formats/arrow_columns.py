@@ -166,6 +166,8 @@ class ArrowColumns:
             if name not in self._texts:
                 # its own type first: into a given one Arrow cuts without a word (1.5 to 1)
                 found = pa.array(values)
+                if _hides_bools(pa, found.type, values):
+                    raise TypeError
                 fitting = _narrowed(pa, found, self._types.get(name))
                 if fitting is not None:
                     return fitting
@@ -212,6 +214,21 @@ def _narrowed(pa: Any, found: Any, kind: Any) -> Any:
     except _refusals(pa):
         return None
     return made if is_same else None
+
+
+def _hides_bools(pa: Any, kind: Any, values: Sequence[Any]) -> bool:
+    """Whether there is a true or false among these that Arrow took for a double, as it does."""
+    given = [value for value in values if value is not None]
+    if pa.types.is_floating(kind):
+        return any(isinstance(value, bool) for value in given)
+    if pa.types.is_list(kind):
+        return _hides_bools(pa, kind.value_type, [item for value in given for item in value])
+    if pa.types.is_struct(kind):
+        return any(
+            _hides_bools(pa, field.type, [value.get(field.name) for value in given])
+            for field in kind
+        )
+    return False
 
 
 def _is_of_shape(pa: Any, found: Any, kind: Any) -> bool:
