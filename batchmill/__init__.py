@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from queue_api.connection.embedded import EmbeddedRedis
     from queue_api.connection.settings import QueueSettings
+    from queue_api.datasets.formats.output_options import OutputOptions
     from queue_api.datasets.run import run_dataset
     from queue_api.datasets.summary import (
         Progress,
@@ -95,6 +96,7 @@ __all__ = [
     "MaxTokensTooLargeError",
     "MissingExtraError",
     "ModelNotFoundError",
+    "OutputOptions",
     "PartitionError",
     "Progress",
     "PromptTooLongError",
@@ -134,6 +136,7 @@ _HOMES = {
     "queue_api.client.sync_client": ["SyncClient", "SyncRun"],
     "queue_api.connection.embedded": ["EmbeddedRedis"],
     "queue_api.connection.settings": ["QueueSettings"],
+    "queue_api.datasets.formats.output_options": ["OutputOptions"],
     "queue_api.datasets.run": ["run_dataset"],
     "queue_api.datasets.summary": ["Progress", "RunSummary"],
     "queue_api.store.runs": ["RunStatus"],

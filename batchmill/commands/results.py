@@ -14,7 +14,7 @@ from batchmill.commands.status import total_of
 from queue_api.client.run import Run
 from queue_api.datasets.columns import has_number_as_id, output_row
 from queue_api.datasets.fingerprint import result_fingerprint
-from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import DatasetError, RowsFailedError, RunIncompleteError
@@ -48,6 +48,7 @@ def results(
             is_done = False
             try:
                 await _write_results(handle, mark, sink, follow=follow)
+                sink.finish()
                 is_done = True
             finally:
                 sink.close(keep_empty=is_done)

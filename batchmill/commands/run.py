@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,11 +24,13 @@ from batchmill.commands.options import (
     run_sampling_options,
     tell,
 )
+from batchmill.commands.output_options import output_options
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
 from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import RowsFailedError
@@ -41,6 +42,7 @@ __all__ = ["run"]
 
 
 @run_sampling_options
+@output_options
 @worker_engine_options
 def run(
     input: InputNames,  # noqa: A002 - the name shown in the help
@@ -50,6 +52,7 @@ def run(
     ],
     sampling: SamplingParams,
     engine: EngineFlags,
+    outputs: OutputOptions,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
     ] = 1,
@@ -140,6 +143,7 @@ def run(
         ordered=ordered,
         cache=cache,
         cache_scope=_cache_scope(settings) if workers else "other workers",
+        outputs=outputs,
     )
     try:
         summary = run_async(run_offline(job, console))
@@ -148,7 +152,7 @@ def run(
             console.print("broken off; the same command goes on where this one stopped")
         raise
     if show and output != "-":
-        console.print(sample_table(Path(output), show))
+        console.print(sample_table(output, outputs, show))
     console.print(summary_table(summary))
     if summary.errors_before:
         tell(

@@ -22,6 +22,7 @@ from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
@@ -73,6 +74,7 @@ class OfflineRun:
     """A folder of results of earlier runs."""
     cache_scope: str = ""
     """The workers' settings that texts depend on."""
+    outputs: OutputOptions = field(default_factory=OutputOptions)
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -98,6 +100,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
         ordered=job.ordered,
+        outputs=job.outputs,
         warn=lambda line: _show(console, f"WARNING {line}"),
     )
 

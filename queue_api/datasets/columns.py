@@ -91,6 +91,10 @@ class Row:
     fingerprint: str = ""
     as_json: bytes | None = None
     """The request in that form."""
+    number: int = 0
+    """That of its record."""
+    raw: bytes | None = None
+    """Of a row that can't be read: as the input has it."""
 
 
 @dataclass
@@ -132,8 +136,9 @@ class RowParser:
         except RequestError as error:
             error = type(error)(f"{self.place(found.number)}: {error}")
             name = request_id(_with_text_id(found.read), index)
-            return Row(index, shown, name, error, mark)
-        return Row(index, shown, request.id, request, mark, as_json)
+            raw = None if found.error is None else found.raw
+            return Row(index, shown, name, error, mark, None, found.number, raw)
+        return Row(index, shown, request.id, request, mark, as_json, found.number)
 
     def kept(self, columns: Mapping[str, Any], asked_id: str) -> dict[str, Any]:
         """What of a row's columns travels as metadata; an id if it is asked under another text."""

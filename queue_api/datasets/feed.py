@@ -150,6 +150,16 @@ class DatasetRun:
             raise self._broken
         return self.summary
 
+    @property
+    def total(self) -> int:
+        """How many rows the input has; once `run` has ended."""
+        return self._total or 0
+
+    @property
+    def made_by(self) -> set[Maker]:
+        """The models that made rows of the output."""
+        return self._makers
+
     async def _count(self) -> None:
         self._counted = await asyncio.to_thread(_count_rows, self._input.source)
 
@@ -326,7 +336,7 @@ class DatasetRun:
                 made_now.append((row.request, result))
             self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
             made = output_row(row.columns, result, row.fingerprint)
-            rows.append(MadeRow(row.index, row.fingerprint, made))
+            rows.append(MadeRow(row.index, row.fingerprint, made, row.number, row.raw))
         await asyncio.to_thread(self._sink.append, rows)
         if self._cache is not None:
             await asyncio.to_thread(self._cache.keep, made_now)

@@ -45,7 +45,9 @@ def changed_rows(
 def other_row(sink: RowSink, index: int, record: Record) -> DatasetError:
     """What to say of a row of the output that was made of something else."""
     written = sink.find(index)
-    if written is None or not written.fingerprint:
+    if written is not None and not written.has_input:
+        what = "was made with other options or columns"
+    elif written is None or not written.fingerprint:
         what = "doesn't say what it was made of (it has no 'fingerprint')"
     else:
         what = _difference(record.shown, written.columns)

@@ -14,12 +14,15 @@ from pathlib import Path
 from uuid import uuid4
 
 from queue_api.client.client import Client
+from queue_api.datasets.certificate import contradiction, write_certificate
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.maker import Maker
-from queue_api.datasets.formats.opening import Inputs, open_sink, open_source
+from queue_api.datasets.formats.opening import Inputs, open_source
+from queue_api.datasets.formats.output_opening import open_sink
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.response_cache import ResponseCache
@@ -96,10 +99,28 @@ class Dataset:
             listener=on_progress,
         )
         try:
-            return await work.run()
+            summary = await work.run()
         finally:
             if kept is not None:
                 kept.close()
+        await asyncio.to_thread(self._finish, work)
+        return summary
+
+    def _finish(self, work: DatasetRun) -> None:
+        """Bring the output into its last form, and say beside it what it is."""
+        sink = self.sink
+        sink.finish()
+        # one that is there and of this output stays: what changed since is to be found out
+        if sink.is_durable and (sink.has_changed or not sink.certificate.exists()):
+            options = (self.defaults or SamplingParams()).model_dump(
+                mode="json", exclude_unset=True
+            )
+            said = {"run": self.run_id, "input": self.data.source.name, "sampling": options}
+            try:
+                write_certificate(sink, work.total, work.made_by, said)
+            except DatasetError as error:
+                # each row is on disk; that isn't undone by a folder where nothing may be made
+                self.warn(f"the output is complete and has no certificate: {error}")
 
     def parser(self, warn: Callable[[str], None] = logger.warning) -> RowParser:
         """Of the input's rows, from the first."""
@@ -124,6 +145,7 @@ async def open_dataset(
     retry_errors: bool = False,
     redo_changed: bool = False,
     ordered: bool = False,
+    outputs: OutputOptions | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Dataset, None]:
     """Look at both files, before anything else is started; the parameters are run_dataset's.
@@ -138,8 +160,11 @@ async def open_dataset(
     data = DatasetInput(input, format=format, output=output)
     source = data.source
     try:
+        outputs, warn = outputs or OutputOptions(), warn or logger.warning
         _check_apart(source, output)
-        sink = open_sink(output)
+        if errors := outputs.errors_of(output):
+            _check_apart(source, errors)
+        sink = open_sink(output, outputs, schema=source.schema, warn=warn)
         dataset = Dataset(
             data,
             sink,
@@ -147,7 +172,7 @@ async def open_dataset(
             _fingerprint(source, output, defaults, model),
             defaults,
             names,
-            warn or logger.warning,
+            warn,
             redo_changed,
             ordered,
         )
@@ -156,6 +181,8 @@ async def open_dataset(
                 raise DatasetError(f"{source.name} can't be both input and output")
             # scripts read the output whatever the run ended with: of a wrong input it is empty
             dataset.keeps_empty = True
+            if told := contradiction(sink):
+                warn(told)
             await data.look(defaults, names)
             await _prepare(dataset, retry_errors=retry_errors)
             dataset.keeps_empty = False
@@ -184,6 +211,7 @@ async def run_dataset(
     ordered: bool = False,
     cache: Path | str | None = None,
     cache_scope: str = "",
+    outputs: OutputOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
@@ -206,6 +234,7 @@ async def run_dataset(
     :param cache: a folder of results of earlier runs: what the same model was asked before isn't
         asked again
     :param cache_scope: names the workers' settings that texts depend on, if they vary
+    :param outputs: the output's format, if not that of its name, and a file for errors
     :raises DatasetError: a file can't be used, no row of it can be read, or the output belongs to
         another input, other defaults or another model
     :raises InvalidRequestError: the run id belongs to another input or other defaults
@@ -221,6 +250,7 @@ async def run_dataset(
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         ordered=ordered,
+        outputs=outputs,
         warn=warn,
     )
     async with opened as dataset:

@@ -1,4 +1,4 @@
-"""Which format an input or output is in: told by its content first, then by its name."""
+"""Which format an input is in: told by its content first, then by its name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from queue_api.datasets.formats.csv_source import CsvSource, TsvSource
 from queue_api.datasets.formats.data_files import local_files
 from queue_api.datasets.formats.joined_source import JoinedSource
 from queue_api.datasets.formats.json_source import JsonSource
-from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
 from queue_api.datasets.formats.parquet_source import ParquetSource
 from queue_api.datasets.formats.record import Record
@@ -22,13 +21,12 @@ from queue_api.datasets.formats.remote_input import (
     local_path,
     remote_files,
 )
-from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import start_in_utf8
 from queue_api.datasets.formats.text_source import TextSource
 from queue_api.wire.errors import ConfigurationError, DatasetError
 
-__all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "open_sink", "open_source"]
+__all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "open_source"]
 
 FORMATS: tuple[type[RowSource], ...] = (
     ParquetSource,
@@ -138,11 +136,3 @@ def _source_of(packed: ByteInput, format: str | None) -> RowSource:  # noqa: A00
     start, name = start_in_utf8(data.start()), name_inside(data.name)
     kinds = (kind for kind in FORMATS if kind.fits(start, name))
     return next(kinds, JsonLinesSource)(data)
-
-
-def open_sink(path: Path | str) -> RowSink:
-    """Where rows are written; `-` is stdout.
-
-    :raises DatasetError: it can't be written, is another's, or is being written
-    """
-    return JsonLinesSink(path)
