@@ -19,7 +19,7 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
   ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
   CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
 
-.PHONY: help install demo test test-servers lint types format check floors bench bench-cache bench-queue chaos sanitize cluster clean
+.PHONY: help install demo test test-servers lint types format check floors inputs bench bench-cache bench-queue chaos sanitize cluster clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ check: lint types test ## Lint, types and tests
 
 floors: ## Draw docs/floors.svg, the wings and their imports, from the sources
 	PYTHONPATH=tests $(PYTHON) docs/draw_floors.py docs/floors.svg
+
+inputs: $(INSTALLED) ## Write docs/inputs.md, the table of input files, from the tests' list
+	PYTHONPATH=tests $(BIN)/python docs/list_inputs.py docs/inputs.md
 
 bench: $(INSTALLED) ## Measure bulk generation beside transformers and the peers installed (extra "bench")
 	$(BIN)/python -m benchmarks.throughput $(BENCH)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from queue_api.connection.embedded import EmbeddedRedis
     from queue_api.connection.settings import QueueSettings
+    from queue_api.datasets.formats.output_options import OutputOptions
     from queue_api.datasets.layout.layout import Layout
     from queue_api.datasets.row_selection import RowSelection
     from queue_api.datasets.run import run_dataset
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         EngineError,
         GenerationFailedError,
         InvalidRequestError,
+        JobKeyTakenError,
         MaxTokensTooLargeError,
         MissingExtraError,
         ModelNotFoundError,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         UnsupportedRequestError,
         WrongOwnerError,
     )
+    from queue_api.wire.request_fields import RequestFields
     from queue_api.wire.sampling import SamplingParams
     from queue_api.wire.sampling_fields import SamplingFields
     from queue_api.wire.schemas import (
@@ -90,11 +93,13 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "InvalidRequestError",
+    "JobKeyTakenError",
     "JobTimings",
     "Layout",
     "MaxTokensTooLargeError",
     "MissingExtraError",
     "ModelNotFoundError",
+    "OutputOptions",
     "PartitionError",
     "Progress",
     "PromptTooLongError",
@@ -105,6 +110,7 @@ __all__ = [
     "RedisServerError",
     "RedisUnavailableError",
     "RequestError",
+    "RequestFields",
     "RequestOutOfMemoryError",
     "RequestTooLargeError",
     "RowSelection",
@@ -134,6 +140,7 @@ _HOMES = {
     "queue_api.client.sync_client": ["SyncClient", "SyncRun"],
     "queue_api.connection.embedded": ["EmbeddedRedis"],
     "queue_api.connection.settings": ["QueueSettings"],
+    "queue_api.datasets.formats.output_options": ["OutputOptions"],
     "queue_api.datasets.layout.layout": ["Layout"],
     "queue_api.datasets.row_selection": ["RowSelection"],
     "queue_api.datasets.run": ["run_dataset"],
@@ -148,6 +155,7 @@ _HOMES = {
         "EngineError",
         "GenerationFailedError",
         "InvalidRequestError",
+        "JobKeyTakenError",
         "MaxTokensTooLargeError",
         "MissingExtraError",
         "ModelNotFoundError",
@@ -169,6 +177,7 @@ _HOMES = {
         "WrongOwnerError",
     ],
     "queue_api.wire.sampling": ["SamplingParams"],
+    "queue_api.wire.request_fields": ["RequestFields"],
     "queue_api.wire.sampling_fields": ["SamplingFields"],
     "queue_api.wire.schemas": [
         "ChatMessage",

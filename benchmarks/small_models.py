@@ -7,6 +7,7 @@ sparse attention picks: a wrong mask or position shows within sixty tokens.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,13 @@ _DOTS3 = {
     "swa_qk_nope_head_dim": 8,
     "swa_v_head_dim": 8,
 }
+_QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 _GEMMA4 = {"num_kv_shared_layers": 2, "layer_types": _ALTERNATING, "per_layer_config": {}}
 
 # What an architecture needs besides, or has under another meaning.
@@ -241,8 +249,9 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "xlnet": {"max_position_embeddings": None},
     "xmod": {**_DECODER, "languages": ["en_XX"], "default_language": "en_XX"},
     "xlm": {"causal": True},
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2},
-    "qwen4_exp": {"text_config": {"indexer_budget": 8, "indexer_compress_ratio": 2}},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3},
     "reformer": {**_DECODER, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3},
     "ministral": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -253,26 +262,49 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What an architecture needs so that its positions are rotated in a way that isn't its own.
+ROPE_QUIRKS: dict[str, dict[str, Any]] = {
+    # Scaled ones have the size `head_dim`, which isn't set, as in the published ones.
+    "mixtral": {"head_dim": 8},
+    "minimax": {"head_dim": 8},
+    # Their positions aren't rotated by default.
+    "granitemoehybrid": {"position_embedding_type": "rope"},
+    "zamba2": {"use_mem_rope": True},
+}
+
+
 def small_config(model_type: str, rope: str = "") -> PreTrainedConfig:
     """The small config of an architecture, with its own rotary positions or those of a kind.
 
     :raises Exception: whatever its config class raises
     """
-    config = _shrunk(CONFIG_MAPPING[model_type], QUIRKS.get(model_type, {}))
+    quirks = QUIRKS.get(model_type, {}) | (ROPE_QUIRKS.get(model_type, {}) if rope else {})
+    config = _shrunk(CONFIG_MAPPING[model_type], quirks)
     text = config.get_text_config()
-    entries = rope_entries(text)
-    for entry in entries:
+    for entry in rope_entries(text):
         if "original_max_position_embeddings" in entry:
             entry["original_max_position_embeddings"] = ORIGINAL_LENGTH
     if rope:
-        size = _rotary_size(config)
-        for entry in entries:
-            if "rope_theta" in entry:
-                kept = {name: entry[name] for name in entry if name in _KEPT}
-                entry.clear()
-                entry.update(kept | _rope_parameters(rope, size))
+        # longrope's factors are as many as the frequencies, which another kind must tell
+        _scale_positions(config, "linear" if rope == "longrope" else rope, {})
+        _scale_positions(config, rope, _rotary_sizes(config))
         text.original_max_position_embeddings = ORIGINAL_LENGTH
     return config
+
+
+def _scale_positions(config: Any, kind: str, sizes: Mapping[str, int]) -> None:
+    """Give every rotary entry this kind; `sizes` are those of `_rotary_sizes`."""
+    parameters = config.get_text_config().rope_parameters
+    by_type = {name: entry for name, entry in parameters.items() if isinstance(entry, dict)}
+    for layer_type, entry in {"": parameters, **by_type}.items():
+        if "rope_theta" in entry:
+            kept = {name: entry[name] for name in entry if name in _KEPT}
+            if entry.get("rope_type") == "proportional":  # such models rotate whole heads otherwise
+                kept.pop("partial_rotary_factor", None)
+            if "partial_rotary_factor" in kept:  # of two numbers, dynamic ones divide by zero
+                kept["partial_rotary_factor"] = max(0.5, kept["partial_rotary_factor"])
+            entry.clear()
+            entry.update(kept | _rope_parameters(kind, sizes.get(layer_type, 0)))
 
 
 _KEPT = {"rope_theta", "partial_rotary_factor"}
@@ -287,15 +319,22 @@ def has_rope(model_type: str) -> bool:
     return any("rope_theta" in entry for entry in rope_entries(text))
 
 
-def _rotary_size(config: Any) -> int:
-    """Frequencies of the rotary positions: half of the numbers that are rotated."""
+def _rotary_sizes(config: Any) -> dict[str, int]:
+    """Frequencies of each layer type's rotary positions, or of all under the empty name.
+
+    A frequency rotates two numbers. Those of a tower for images or sounds don't count.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    buffers = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
-    sizes = {len(buffer) for name, buffer in buffers.items() if name.endswith("inv_freq")}
-    if len(sizes) != 1:
-        raise ValueError(f"rotary positions of {sorted(sizes)} frequencies")
-    return sizes.pop()
+    found: dict[str, set[int]] = {}
+    for name, buffer in model.named_buffers():
+        owner, is_inv_freq, _ = name.rpartition(".")[2].rpartition("inv_freq")
+        if is_inv_freq and "original" not in owner and "_tower." not in name:
+            found.setdefault(owner.rstrip("_"), set()).add(len(buffer))
+    sizes = [size for group in found.values() for size in group]
+    if not sizes or len(sizes) != len(found):
+        raise ValueError(f"rotary positions of {found} frequencies")
+    return {name: group.pop() for name, group in found.items()}
 
 
 def _rope_parameters(kind: str, size: int) -> dict[str, Any]:

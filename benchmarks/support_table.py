@@ -6,7 +6,9 @@ and uneven cuts, and compare them with `transformers.generate` token for token, 
 prompt computed in chunks with the model's own forward. Prompts are up to three times as long as
 what is computed at once; texts begin before each length that the config names (windows, chunks,
 original positions), at it and behind it, and grow past it; there are too few slots for all, so that
-some are preempted; and all are written a second time, resumed from a part of themselves. Each one
+some are preempted; and all are written a second time, resumed from a part of themselves. A few
+architectures are then written with each field of generation_config.json that the engine knows
+(`llama@repetition_penalty`), beside `generate` with the same file. Each one
 runs in a process of its own with a time limit; results are kept as JSON, so that a sweep that was
 stopped goes on where it was. At the end the table in docs/support.md is written.
 
@@ -36,6 +38,14 @@ from typing import Any
 
 import torch
 import transformers
+from generation_fields import (
+    ALL_FIELDS,
+    NO_EFFECT,
+    change_generation_config,
+    is_applied,
+    values_for,
+)
+from generation_fields import ARCHITECTURES as FIELD_ARCHITECTURES
 from small_models import (
     ARCHITECTURES,
     NUM_LAYERS,
@@ -44,7 +54,7 @@ from small_models import (
     has_rope,
     save_small_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from engine.batch import ForwardBatch, Segment
@@ -52,6 +62,7 @@ from engine.config import EngineConfig, Quantization
 from engine.engine import Engine
 from engine.models.long_rope import rope_entries
 from engine.models.slicing import find_layers
+from engine.sampling import model_defaults
 from queue_api.wire.errors import ConfigurationError
 from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
@@ -65,8 +76,9 @@ CUTS: dict[str, tuple[int, ...]] = {
     "2+3+1": (2, 5),
 }
 """How an architecture of six layers is cut; of another number, the uneven cuts are left out."""
-ROPE_CUTS = ("1", "1+5")
-"""Those that each rotary kind is tried with: how positions are rotated, each stage knows alone."""
+FEW_CUTS = ("1", "1+5")
+"""Those that each rotary kind is tried with, for how positions are rotated, each stage knows alone,
+and each field of a generation config, for it has to do with the last stage alone."""
 NEW_TOKENS = 24
 MAX_LEN = 96
 LONGEST = 72
@@ -85,7 +97,8 @@ class Result:
 
     name: str
     status: str = "unbuildable"
-    """packed, single, mixed, refused, unbuildable, wrong, or error: not refused, but failed."""
+    """packed, single, mixed, refused, unbuildable, wrong, or error: not refused, but failed. Of a
+    generation config's field also warned: a warning names it, and texts are made without."""
     reason: str = ""
     modes: dict[str, str] = field(default_factory=dict)
     """Cut to how each stage runs."""
@@ -103,6 +116,8 @@ class Result:
     """Different tokens in the reference's texts: few of them would prove little."""
     sensitivity: float = 0.0
     """How much the last logits change if two earlier tokens change places."""
+    changed: int = 0
+    """Texts of the reference that a field of its generation config changes."""
     seconds: float = 0.0
 
 
@@ -138,8 +153,17 @@ def mixed_prompts(lengths_to_cross: list[int]) -> list[list[int]]:
 class Reference:
     """transformers' own model and its texts."""
 
-    def __init__(self, folder: Path, prompts: list[list[int]], quantization: Quantization) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prompts: list[list[int]],
+        quantization: Quantization = "none",
+        *,
+        field: str = "",
+    ) -> None:
+        """:param field: of its generation config, which changes its texts"""
         self.folder, self.prompts, self.quantization = folder, prompts, quantization
+        self.field, self.tokenizer = field, AutoTokenizer.from_pretrained(folder)
         text = (folder / "config.json").read_text()
         # transformers before 5.23 leaves soft-capping out of its default attention.
         kwargs = {"attn_implementation": "eager"} if "attn_logit_softcapping" in text else {}
@@ -155,16 +179,38 @@ class Reference:
         return (part + self._greedy(prompt + part))[:NEW_TOKENS]
 
     @torch.inference_mode()
+    def can_end_so(self, prompt: list[int], text: list[int], place: int) -> bool:
+        """True if the model itself, computing its prompt in two parts, has `text[place]` behind
+        what is before, and `generate` the rest behind that."""
+        if text != self.continued(prompt, text[: place + 1]):
+            return False
+        ids = torch.tensor([prompt + text[:place]])
+        for cut in range(1, len(prompt)):
+            cache = self.model(ids[:, :cut], use_cache=True).past_key_values
+            out = self.model(ids[:, cut : len(prompt)], past_key_values=cache, use_cache=True)
+            for token in text[:place]:
+                step = torch.tensor([[token]])
+                out = self.model(step, past_key_values=out.past_key_values, use_cache=True)
+            if int(out.logits[0, -1].argmax()) == text[place]:
+                return True
+        return False
+
     def _greedy(self, prompt: list[int]) -> list[int]:
+        tokens: list[int] = self._generate(prompt).sequences[0, len(prompt) :].tolist()
+        return tokens
+
+    @torch.inference_mode()
+    def _generate(self, prompt: list[int], **kwargs: Any) -> Any:
         ids = torch.tensor([prompt])
-        out = self.model.generate(
+        return self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
+            return_dict_in_generate=True,
+            tokenizer=self.tokenizer,  # finds stop strings
+            **kwargs,
         )
-        tokens: list[int] = out[0, len(prompt) :].tolist()
-        return tokens
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -176,10 +222,25 @@ class Reference:
         logits: torch.Tensor = self.model(ids, **kwargs).logits[0]
         return logits
 
-    def is_tie(self, tokens: list[int], one: int, other: int) -> bool:
-        """True if both tokens are equally good behind `tokens`, up to rounding."""
-        last = self.logits(tokens)[-1]
-        return bool((last[one] - last[other]).abs() <= TIE * (last.max() - last.min()))
+    @torch.inference_mode()
+    def logits_in_chunks(self, tokens: list[int]) -> torch.Tensor:
+        """[len(CHUNKS), V], behind each of CHUNKS, computed one after the other with a cache."""
+        outputs, past, cache = [], 0, None
+        for count in CHUNKS:
+            ids = torch.tensor([tokens[past : past + count]])
+            output = self.model(ids, past_key_values=cache, use_cache=True)
+            outputs.append(output.logits[0, -1])
+            past, cache = past + count, output.past_key_values
+        return torch.stack(outputs)
+
+    def is_tie(self, prompt: list[int], text: list[int], one: int, other: int) -> bool:
+        """True if both tokens are equally good behind `text`, up to rounding."""
+        if self.field:  # and what it makes of the scores
+            last = self._generate(prompt, output_scores=True).scores[len(text)][0]
+        else:
+            last = self.logits(prompt + text)[-1]
+        spread = last[last.isfinite()]
+        return bool((last[one] - last[other]).abs() <= TIE * (spread.max() - spread.min()))
 
 
 def _round(layer: torch.nn.Module) -> None:
@@ -215,12 +276,31 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-def compare(reference: Reference, cut: str, result: Result) -> str:
-    """Run one partition; what is wrong with it, or nothing.
+def logit_error(engine: Engine, reference: Reference) -> float:
+    """How far the engine's logits of chunks are from the model's.
+
+    Some models compute a text at once in another order than in parts, and round more than the
+    tolerance allows (Qwen3.5); then what counts is the model's own computing in parts.
+    """
+    probe = max(reference.prompts, key=len)[: sum(CHUNKS)]
+    ends = torch.tensor(CHUNKS).cumsum(0) - 1
+    found = engine_logits(engine, probe)
+    error = relative_error(found, reference.logits(probe)[ends])
+    if not error <= LOGIT_TOLERANCE:
+        try:
+            error = min(error, relative_error(found, reference.logits_in_chunks(probe)))
+        except Exception:  # it keeps no cache, or one that can't be given so
+            return error
+    return error
+
+
+def load(reference: Reference, cut: str) -> Engine:
+    """One partition, with fewer slots than the texts need.
 
     :raises ConfigurationError: if the engine refuses the model
     """
-    engine = Engine.load(
+    is_left_out = bool(reference.field) and not is_applied(reference.field)
+    return Engine.load(
         EngineConfig(
             str(reference.folder),
             dtype="float32",
@@ -232,17 +312,24 @@ def compare(reference: Reference, cut: str, result: Result) -> str:
             max_batch_tokens=24,  # below the longest prompts: they are computed among decodes
             max_model_len=MAX_LEN,
             kv_cache_tokens=CACHE_SLOTS,
+            generation_defaults="all" if is_left_out else "model",
         )
     )
+
+
+def compare(reference: Reference, cut: str, result: Result) -> str:
+    """Run one partition; what is wrong with it, or nothing.
+
+    :raises ConfigurationError: if the engine refuses the model
+    """
+    engine = load(reference, cut)
     result.modes[cut] = "/".join(stage.mode for stage in engine.stages)
     none = [0] * len(reference.texts)
     wrong = count_wrong(reference, write(engine, reference, none), result, none)
     parts = [int((1 / 3, 1 / 2, 1)[i % 3] * (len(t) - 1)) for i, t in enumerate(reference.texts)]
     again = count_wrong(reference, write(engine, reference, parts), result, parts)
     result.preemptions += engine.metrics.preemptions
-    probe = max(reference.prompts, key=len)[: sum(CHUNKS)]
-    ends = torch.tensor(CHUNKS).cumsum(0) - 1
-    error = relative_error(engine_logits(engine, probe), reference.logits(probe)[ends])
+    error = 0.0 if reference.field else logit_error(engine, reference)
     result.logit_error = max(result.logit_error, error)
     engine.close()
     problems = []
@@ -257,7 +344,9 @@ def compare(reference: Reference, cut: str, result: Result) -> str:
 
 def write(engine: Engine, reference: Reference, parts: list[int]) -> list[list[int]]:
     """The engine's texts, each resumed from so many of the reference's tokens."""
-    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+    # a temperature that is given goes before the model's
+    greedy = {} if is_applied(reference.field) else {"temperature": 0.0}
+    params = SamplingParams(max_tokens=NEW_TOKENS, **greedy)
     found: dict[str, list[int]] = {}
     for i, (prompt, text) in enumerate(zip(reference.prompts, reference.texts, strict=True)):
         request = GenerationRequest(id=str(i), prompt=prompt, sampling=params)
@@ -273,8 +362,9 @@ def count_wrong(
     """How many texts differ from the reference's otherwise than by a tie, which is noted.
 
     Also noted: a text that the reference, too, ends so when given the part up to where it differs,
-    or the one it was resumed with (`parts`, in tokens). Some models' text depends on what is
-    computed at once, by what is next to a tie within them (experts, selected keys).
+    or the one it was resumed with (`parts`, in tokens), or when it computes its prompt in two
+    parts. Some models' text depends on what is computed at once, by what is next to a tie within
+    them (experts, selected keys).
     """
     wrong = 0
     for i, found in enumerate(texts):
@@ -285,12 +375,18 @@ def count_wrong(
             (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None
         )
         if place is not None and reference.is_tie(
-            prompt + expected[:place], found[place], expected[place]
+            prompt, expected[:place], found[place], expected[place]
         ):
             result.ties += 1
-        elif found in (
-            reference.continued(prompt, expected[:place]),
-            reference.continued(prompt, expected[: parts[i]]),
+        elif (
+            not reference.field
+            and found
+            in (
+                reference.continued(prompt, expected[:place]),
+                reference.continued(prompt, expected[: parts[i]]),
+            )
+        ) or (
+            place is not None and not reference.field and reference.can_end_so(prompt, found, place)
         ):
             result.recomputed_otherwise += 1
         else:
@@ -298,17 +394,21 @@ def count_wrong(
     return wrong
 
 
-def cuts_for(config: Any, rope: str) -> list[str]:
+def cuts_for(config: Any, *, few: bool) -> list[str]:
     """Those of CUTS that an architecture is tried with."""
-    names = list(ROPE_CUTS) if rope else list(CUTS)
+    names = list(FEW_CUTS) if few else list(CUTS)
     number = getattr(config.get_text_config(), "num_hidden_layers", None)
     return names if number == NUM_LAYERS else [name for name in names if name.isdigit()]
 
 
 def examine(name: str, quantization: Quantization) -> Result:
-    """Build and compare one architecture, or `architecture/rotary kind`, in this process."""
+    """Build and compare one entry of the table in this process.
+
+    :param name: `architecture`, `architecture/rotary kind` or `architecture@field`
+    """
     result = Result(name)
-    architecture, _, rope = name.partition("/")
+    architecture, _, field = name.partition("@")
+    architecture, _, rope = architecture.partition("/")
     with tempfile.TemporaryDirectory(prefix="batchmill-support-") as scratch:
         folder = Path(scratch) / architecture
         try:
@@ -318,22 +418,35 @@ def examine(name: str, quantization: Quantization) -> Result:
             prompts = mixed_prompts(result.boundaries)
             reference = Reference(folder, prompts, quantization)
             logits = reference.logits(max(prompts, key=len))
+            if field:
+                reference = with_field(reference, field, result)
         except Exception as problem:  # any model code may fail in any way
             result.reason = _brief(problem)
             return result
         if not logits.isfinite().all():
             result.reason = "its logits aren't finite"
             return result
-        _note_how_telling(reference, prompts, result)
-        problems, refusals, errors = [], [], []
-        cuts = cuts_for(config, rope)
-        for cut in cuts:
-            try:
-                problems.append(compare(reference, cut, result))
-            except ConfigurationError as refusal:
-                refusals.append(f"{cut}: {_brief(refusal, name=False)}")
-            except Exception as failure:
-                errors.append(f"{cut} stages: {_brief(failure)}")
+        _note_how_telling(reference, result)
+        cuts = cuts_for(config, few=bool(rope or field))
+        if field and not is_applied(field):
+            cuts = cuts[:1]
+        with Warnings() as warned:
+            _compare_all(reference, cuts, result)
+    if field and result.status in {"packed", "single", "mixed"}:
+        _judge_field(field, warned.texts, result)
+    return result
+
+
+def _compare_all(reference: Reference, cuts: list[str], result: Result) -> None:
+    """Run each partition and note what became of it."""
+    problems, refusals, errors = [], [], []
+    for cut in cuts:
+        try:
+            problems.append(compare(reference, cut, result))
+        except ConfigurationError as refusal:
+            refusals.append(f"{cut}: {_brief(refusal, name=False)}")
+        except Exception as failure:
+            errors.append(f"{cut} stages: {_brief(failure)}")
     modes = {mode for text in result.modes.values() for mode in text.split("/")}
     if any(problems):
         result.status, result.reason = "wrong", "; ".join(filter(None, problems))
@@ -343,12 +456,70 @@ def examine(name: str, quantization: Quantization) -> Result:
         result.status, result.reason = "refused", _without_repetition(refusals, len(cuts))
     else:
         result.status = modes.pop() if len(modes) == 1 else "mixed"
-    return result
 
 
-def _note_how_telling(reference: Reference, prompts: list[list[int]], result: Result) -> None:
+# --------------------------------------------------------------------- generation config's fields
+
+
+class Warnings(logging.Handler):
+    """What the engine warns of about a model's generation config, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def __enter__(self) -> Warnings:
+        _FIELDS_LOGGER.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _FIELDS_LOGGER.removeHandler(self)
+
+
+_FIELDS_LOGGER = logging.getLogger(model_defaults.__name__)
+
+
+def with_field(plain: Reference, name: str, result: Result) -> Reference:
+    """The same model with a telling value of the field in its generation config.
+
+    What the engine leaves out, `generate` isn't given, either: the texts are those without.
+    """
+    # some fields are about what a text repeats of its prompt: each has some of its text in it
+    prompts = [
+        prompt + text[:3] if 1 < len(prompt) <= LONGEST - 3 else prompt
+        for prompt, text in zip(plain.prompts, plain.texts, strict=True)
+    ]
+    plain = Reference(plain.folder, prompts)
+    values = values_for(name, plain.texts)
+    if is_applied(name):
+        change_generation_config(plain.folder, values)
+        changed = Reference(plain.folder, plain.prompts, field=name)
+        pairs = zip(plain.texts, changed.texts, strict=True)
+        result.changed = sum(before != after for before, after in pairs)
+        return changed
+    reference = Reference(plain.folder, plain.prompts, field=name)
+    change_generation_config(plain.folder, values)
+    return reference
+
+
+def _judge_field(name: str, warnings: list[str], result: Result) -> None:
+    """What exact texts prove of a field."""
+    if not is_applied(name):
+        if all(f"{name}=" in text for text in warnings) and len(warnings) == len(result.modes):
+            result.status = "warned"
+        else:
+            result.status = "wrong"
+            result.reason = f"left out, and no warning names it: {'; '.join(warnings) or 'none'}"
+    elif name not in NO_EFFECT and not result.changed:
+        result.status, result.reason = "unbuildable", "it changes no text of the small model"
+
+
+def _note_how_telling(reference: Reference, result: Result) -> None:
     result.distinct_tokens = len({token for text in reference.texts for token in text})
-    tokens = max(prompts, key=len)[:12]
+    tokens = max(reference.prompts, key=len)[:12]
     swapped = [*tokens[:6], tokens[8], tokens[7], tokens[6], *tokens[9:]]
     result.sensitivity = relative_error(
         reference.logits(swapped)[-1:], reference.logits(tokens)[-1:]
@@ -396,10 +567,16 @@ def examine_apart(name: str, quantization: Quantization, limit_s: float) -> Resu
     return Result(name, "error", cause)
 
 
-def all_names(*, with_ropes: bool) -> list[str]:
-    """The architectures and, behind them, each with each rotary kind that its config takes."""
-    rotary = [name for name in ARCHITECTURES if with_ropes and has_rope(name)]
-    return [*ARCHITECTURES, *(f"{name}/{kind}" for name in rotary for kind in ROPE_KINDS)]
+def all_names(*, more: bool) -> list[str]:
+    """The architectures; with more, each with its rotary kinds, and some with each field."""
+    if not more:
+        return list(ARCHITECTURES)
+    rotary = [name for name in ARCHITECTURES if has_rope(name)]
+    return [
+        *ARCHITECTURES,
+        *(f"{name}/{kind}" for name in rotary for kind in ROPE_KINDS),
+        *(f"{name}@{field}" for name in FIELD_ARCHITECTURES for field in ALL_FIELDS),
+    ]
 
 
 def read_results(path: Path) -> dict[str, Result]:
@@ -434,8 +611,9 @@ _SECTIONS = {
 
 def render(everything: dict[str, Result]) -> str:
     """docs/support.md."""
-    results = {name: result for name, result in everything.items() if "/" not in name}
-    ropes = {name: result for name, result in everything.items() if "/" in name}
+    fields = {name: result for name, result in everything.items() if "@" in name}
+    ropes = {name: result for name, result in everything.items() if "/" in name and "@" not in name}
+    results = {name: everything[name] for name in everything.keys() - fields.keys() - ropes.keys()}
     counts = Counter(result.status for result in results.values())
     exact = counts["packed"] + counts["single"] + counts["mixed"]
     lines = [
@@ -445,7 +623,8 @@ def render(everything: dict[str, Result]) -> str:
         f"{transformers.__version__}. For each of the {len(results)} causal-LM architectures it "
         f"builds a small random model, writes 14 texts and more greedily in float32 with 1, 2 and "
         f"4 even and 2 and 3 uneven stages, and compares them with `transformers.generate` token "
-        f"for token, and the logits of a prompt computed in chunks with the model's own forward. "
+        f"for token, and the logits of a prompt computed in chunks with the model's own forward "
+        f"(of all at once, else in the same chunks). "
         f"Prompts have up to {LONGEST} tokens, of which 24 are computed at once. Four texts begin "
         f"shortly before, at and behind each length that the config names (windows, chunks, sparse "
         f"selections, original positions), and grow past it. Slots are too few for all, so that "
@@ -470,6 +649,7 @@ def render(everything: dict[str, Result]) -> str:
             lines += ["| architecture | why |", "|---|---|"]
             lines += [f"| `{result.name}` | {_explain(result)} |" for result in chosen]
     lines += ["", f"## Kinds of rotary positions ({len(ropes)})", "", *_rope_lines(ropes)]
+    lines += ["", f"## Fields of generation_config ({len(fields)})", "", *_field_lines(fields)]
     return "\n".join(lines) + "\n"
 
 
@@ -478,8 +658,9 @@ def _otherwise(results: dict[str, Result]) -> str:
     if not names:
         return ""
     return (
-        f"; preempted and resumed texts of {', '.join(names)} may be what `generate` makes of the "
-        "prompt and a part of the text, which isn't always what it made of the prompt"
+        f"; some texts of {', '.join(names)} are what the model itself makes when it computes the "
+        "prompt in two parts, or the prompt and a part of the text, which isn't what it made of "
+        "the prompt at once: an expert or a selected key is next to a tie within it"
     )
 
 
@@ -506,6 +687,32 @@ def _rope_lines(ropes: dict[str, Result]) -> list[str]:
     lines += ["", "| architecture | kinds | why not |", "|---|---|---|"]
     for (name, why), kinds in sorted(others.items()):
         lines.append(f"| `{name}` | {', '.join(kinds)} | {why} |")
+    return lines
+
+
+def _field_lines(fields: dict[str, Result]) -> list[str]:
+    """A row for each field, a column for each architecture, and a list of what isn't right."""
+    architectures = [name for name in FIELD_ARCHITECTURES if any(f"{name}@" in n for n in fields)]
+    lines = [
+        "Each field of a model's generation_config.json that the engine knows, uncut and in stages "
+        "of 1 and 5 layers, with texts preempted and resumed. Packed, single and mixed: the text "
+        "is that of `generate(do_sample=False)` with the same file, with a value of the field that "
+        f"changes some texts ({', '.join(f'`{name}`' for name in sorted(NO_EFFECT))} change none "
+        "of a greedy model whose logits are numbers). Warned: a warning names the field, and the "
+        "text is made without it (uncut alone).",
+        "",
+        "| field | " + " | ".join(f"`{name}`" for name in architectures) + " |",
+        "|---" * (1 + len(architectures)) + "|",
+    ]
+    for field_name in ALL_FIELDS:
+        found = [fields.get(f"{name}@{field_name}") for name in architectures]
+        if any(found):
+            cells = " | ".join(result.status if result else "" for result in found)
+            lines.append(f"| `{field_name}` | {cells} |")
+    others = [r for _, r in sorted(fields.items()) if r.reason]
+    if others:
+        lines += ["", "| entry | why not |", "|---|---|"]
+        lines += [f"| `{result.name}` | {_explain(result)} |" for result in others]
     return lines
 
 
@@ -540,11 +747,13 @@ def main() -> None:
         args.results = RESULTS if is_plain else RESULTS.with_stem(f"support-{args.quantization}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.lastResort = (
+        logging.NullHandler()
+    )  # what the engine says of each model is for _judge_field
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     results = read_results(args.results)
-    todo = args.only or all_names(with_ropes=is_plain)
+    todo = args.only or all_names(more=is_plain)
     if args.status:
         todo = [name for name in todo if name in results and results[name].status in args.status]
     elif not args.only and not args.again:
@@ -560,7 +769,8 @@ def main() -> None:
             f"{i + 1}/{len(todo)} {name}: {result.status} {modes} {result.seconds} s "
             f"error {result.logit_error:.0e} ties {result.ties} distinct {result.distinct_tokens} "
             f"recomputed otherwise {result.recomputed_otherwise} "
-            f"boundaries {result.boundaries} preemptions {result.preemptions} "
+            f"changed {result.changed} boundaries {result.boundaries} "
+            f"preemptions {result.preemptions} "
             f"sensitivity {result.sensitivity:.0e} {result.reason[:300]}",
             file=sys.stderr,
             flush=True,

@@ -80,9 +80,10 @@ def test_a_run_in_pieces(
         assert batchmill("results", run, "-o", output, environment=environment).returncode == 0
         rows = {row["id"]: row for row in map(json.loads, output.read_text().splitlines())}
         assert len(output.read_text().splitlines()) == 6
+    assert rows.keys() == {*range(5), None}  # of one type
     assert [rows[i]["text"] for i in range(5)] == [f"answer to p{i}" for i in range(5)]
     assert [rows[i]["note"] for i in range(5)] == [f"n{i}" for i in range(5)]
-    assert "line 6: not JSON" in rows["5"]["error"]
+    assert "line 6: not JSON" in rows[None]["error"]
 
     status = batchmill("status", run, "--json", environment=environment)
     told = json.loads(status.stdout)
@@ -91,6 +92,29 @@ def test_a_run_in_pieces(
     table = batchmill("status", run, environment=environment).stdout
     assert "complete" in table
     assert "6 of 6" in table
+
+
+@pytest.mark.parametrize("command", ["submit", "run"])
+def test_options_about_lengths_and_the_models_defaults_reach_every_request(
+    environment: dict[str, str],
+    source: Path,
+    answerer: Answerer,
+    connection: redis.Redis,
+    command: str,
+) -> None:
+    own = ["-o", source.with_name("out.jsonl"), "--workers", 0] if command == "run" else []
+    options = ["--truncate-max-tokens", "--generation-defaults", "none", "--queue", "batchmill"]
+    process = subprocess.Popen(
+        [*COMMAND, command, str(source), *map(str, own), *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    until(lambda: len(rq_queue(connection)) == 1)
+    requests = rq_queue(connection).jobs[0].kwargs["requests"]
+    sent = {json.dumps(request["sampling"], sort_keys=True) for _, request in requests}
+    assert sent == {'{"generation_defaults": "none", "truncate_max_tokens": true}'}
+    answerer.answer()
+    assert process.wait(timeout=60) == 0
 
 
 def test_cancelled_by_command(
@@ -104,10 +128,9 @@ def test_cancelled_by_command(
     assert len(rq_queue(connection)) == 0
     results = batchmill("results", "r", environment=environment)
     assert results.returncode == 0
-    assert [json.loads(line)["finish_reason"] for line in results.stdout.splitlines()] == [
-        "error",
-        *["cancelled"] * 5,
-    ]
+    rows = [json.loads(line) for line in results.stdout.splitlines()]
+    assert [row["finish_reason"] for row in rows] == ["error", *["cancelled"] * 5]
+    assert [row["id"] for row in rows] == [None, 3, 0, 1, 2, 4]
 
 
 def test_stdin_to_stdout(environment: dict[str, str], answerer: Answerer) -> None:
@@ -129,6 +152,7 @@ def test_stdin_to_stdout(environment: dict[str, str], answerer: Answerer) -> Non
         (["status", "no spaces"], "run id 'no spaces': use 1 to 128 letters"),
         (["submit", "none.jsonl"], "can't read none.jsonl: No such file or directory"),
         (["submit", "IN", "--max-tokens", "0"], "'max_tokens' is 0: must be at least 1"),
+        (["submit", "IN", "--generation-defaults", "some"], "'generation_defaults' is 'some'"),
         (["submit", "IN", "--chunk-size", "0"], "--chunk-size"),
         (["submit", "IN", "--bogus"], "No such option: --bogus"),
         (["bogus"], "No such command 'bogus'"),

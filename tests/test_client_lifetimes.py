@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import redis
 from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
-from kits.client_kit import Answerer, rq_queue
+from kits.client_kit import Answerer, rq_job, rq_queue
 from kits.worker_kit import until
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.run import run_dataset
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.keys import RunKeys
 from queue_api.store.reconcile import Reconciler
-from queue_api.wire.errors import RunIncompleteError, RunNotFoundError
+from queue_api.wire.errors import InvalidRequestError, RunIncompleteError, RunNotFoundError
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 KEYS = RunKeys.of("r")
@@ -188,6 +190,54 @@ def test_jobs_that_are_where_they_should_be_are_waited_for(
             assert (await run.status()).done == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("queue", ["batchmill", "other"])
+def test_jobs_of_a_run_that_is_gone_make_way_for_those_of_a_new_one(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer, queue: str
+) -> None:
+    """It lapsed while nobody served the queue, or somebody deleted its keys."""
+    anew = [f"another {i}" for i in range(6)]
+
+    async def main() -> list[str | None]:
+        async with Client(settings=settings) as client:
+            await client.submit(PROMPTS, "r", chunk_size=2)
+            rq_queue(connection).remove("r-1")
+            rq_job(connection, "r-1").delete()
+            connection.delete(*KEYS)
+            for _ in range(2):  # the second time they are its own
+                run = await client.submit(anew, "r", queue=queue, chunk_size=2)
+            assert rq_queue(connection, queue).job_ids[-3:] == ["r-0", "r-1", "r-2"]
+            assert len(rq_queue(connection, queue)) == (5 if queue == "batchmill" else 3)
+            answerer.answer(queue=queue)
+            results = sorted([r async for r in run.results()], key=lambda r: r.index)
+            return [result.text for result in results]
+
+    texts = asyncio.run(asyncio.wait_for(main(), 60))
+    assert texts == [f"answer to {prompt}" for prompt in anew]
+
+
+def test_a_run_stays_on_its_queue_and_who_names_another_is_told(
+    settings: QueueSettings, connection: redis.Redis, answerer: Answerer, tmp_path: Path
+) -> None:
+    """Workers of the other may have another model, and would never see its jobs."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    told = "is on queue 'one', not on 'two'"
+
+    async def main() -> None:
+        async with Client(settings=settings, queue="one") as client:
+            await client.submit(PROMPTS, "r", chunk_size=2)
+            with pytest.raises(InvalidRequestError, match=told):
+                await client.submit(PROMPTS, "r", queue="two")
+            await client.submit(PROMPTS, "r")
+            await client.store.open("d", queue="one", fingerprint="any", chunk_size=2)
+            with pytest.raises(InvalidRequestError, match=told):
+                await run_dataset(client, source, output, run="d", queue="two")
+
+    asyncio.run(main())
+    assert len(rq_queue(connection, "one")) == 5
+    assert len(rq_queue(connection, "two")) == 0
 
 
 def test_a_job_of_another_type_hides_no_lost_one(

@@ -14,14 +14,28 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
+from kits.format_kit import (
+    FORMATS,
+    Format,
+    check_cut,
+    check_pipe,
+    check_rows,
+    most_memory,
+    rows_made,
+)
 
+from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.json_source import elements_of
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.record import Record
@@ -59,6 +73,46 @@ def rows_before_the_error(path: Path) -> tuple[list[dict[str, Any]], str]:
         except DatasetError as error:
             return rows, str(error)
     return rows, ""
+
+
+# ----------------------------------------------------------------------------------- all of them
+
+each_format = pytest.mark.parametrize("kind", FORMATS, ids=[kind.name for kind in FORMATS])
+
+
+@each_format
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_the_rows_are_those_that_its_own_library_reads(
+    tmp_path: Path, kind: Format, count: int
+) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(count), path)
+    assert len(kind.read(path)) == count
+    check_rows(kind, path)
+
+
+@each_format
+def test_rows_come_through_a_pipe(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(3000), path)
+    check_pipe(kind, path, tmp_path / "fifo")
+
+
+@each_format
+def test_of_a_file_that_was_cut_off_the_first_rows_are_read(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(2000), path)
+    size = path.stat().st_size
+    check_cut(kind, path, iter([30, size // 3, size // 2 + 1, size - 40, size - 9, size - 2]))
+
+
+@each_format
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, kind: Format) -> None:
+    path = kind.input(tmp_path)
+    kind.write(rows_made(2000, size=1000), path)
+    few = most_memory(path)
+    kind.write(rows_made(16_000, size=1000), path)
+    assert most_memory(path) < few + 4 * 2**20
 
 
 # ------------------------------------------------------------------------------------ compressed
@@ -299,6 +353,26 @@ def test_a_table_is_told_by_content(tmp_path: Path, name: str) -> None:
     assert (first.number, second.number) == (2, 6)
 
 
+def test_a_name_says_what_parts_cells(tmp_path: Path) -> None:
+    for suffix, separator in (("tsv", "\t"), ("psv", "|")):
+        path = tmp_path / f"table.{suffix}.gz"
+        path.write_bytes(
+            gzip.compress(f"prompt, in short{separator}n, m\na, b{separator}c\n".encode())
+        )
+        assert [record.read for record in records_of(path)] == [
+            {"prompt, in short": "a, b", "n, m": "c"}
+        ]
+
+
+def test_a_line_that_begins_like_an_array_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for first in ("[INFO] loaded", '["a", "b"]', "[1]"):
+        path.write_text(first + '\n{"prompt": "a"}\n{"prompt": "b"}\n')
+        wrong, *rest = records_of(path)
+        assert wrong.error is not None
+        assert [record.read for record in rest] == [{"prompt": "a"}, {"prompt": "b"}]
+
+
 def test_cells_that_are_fields_are_read_and_shown_as_they_came(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     names = ["prompt", "max_tokens", "temperature", "ignore_eos", "stop", "seed", "messages"]
@@ -378,3 +452,168 @@ def test_text_that_is_something_else_is_not_asked_line_by_line(
     path = tmp_path / "prompts.txt"
     path.write_text(content)
     assert [record.read["prompt"] for record in records_of(path)] == ["a"]
+
+
+# -------------------------------------------------------------------------------- Parquet, Arrow
+
+TABLE = pyarrow.table(
+    {
+        "id": pyarrow.array(range(3000), pyarrow.int32()),
+        "prompt": pyarrow.array([f"é {i}" for i in range(3000)], pyarrow.large_string()),
+        "kind": pyarrow.array([f"k{i % 3}" for i in range(3000)]).dictionary_encode(),
+        "x": pyarrow.array([None if i % 5 else i / 3 for i in range(3000)]),
+        "turns": [[{"role": "user", "n": [i, None]}] * (i % 3) for i in range(3000)],
+    }
+)
+
+
+def write_parquet(table: pyarrow.Table, path: Path) -> None:
+    pyarrow.parquet.write_table(table, path, row_group_size=700)
+
+
+def write_file(table: pyarrow.Table, path: Path) -> None:
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+
+
+def write_stream(table: pyarrow.Table, path: Path) -> None:
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+
+
+WRITE = {"parquet": write_parquet, "file": write_file, "stream": write_stream}
+
+
+@pytest.mark.parametrize("kind", WRITE)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_table_is_read_as_pyarrow_reads_it(tmp_path: Path, kind: str, is_packed: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    WRITE[kind](TABLE, path)
+    if is_packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    with closing(open_source(path)) as source:
+        for _ in range(2):
+            records = list(source.records())
+            assert [record.shown for record in records] == TABLE.to_pylist()
+            assert [record.read for record in records] == TABLE.to_pylist()
+            assert [record.number for record in records] == list(range(1, 3001))
+        assert source.count() == 3000
+        assert source.place(7) == "row 7"
+        assert source.schema() == TABLE.schema
+    WRITE[kind](TABLE.slice(0, 0), path)
+    assert records_of(path) == []
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_a_table_that_was_cut_off_is_told(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows"
+    WRITE[kind](TABLE, path)
+    whole = path.read_bytes()
+    for size in (30, len(whole) // 2, len(whole) - 12, len(whole) - 8, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        rows, told = rows_before_the_error(path)
+        assert rows == TABLE.to_pylist()[: len(rows)]
+        assert told.startswith(str(path))
+
+
+def test_of_damaged_parquet_the_rows_before_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    table = pyarrow.table({"prompt": [f"{i} {i * 7919 % 104729}" for i in range(3000)]})
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=700, use_dictionary=False, compression="gzip"
+    )
+    content = bytearray(path.read_bytes())
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0)
+    content[group.data_page_offset + group.total_compressed_size // 2] ^= 0xFF
+    path.write_bytes(content)
+    rows, told = rows_before_the_error(path)
+    assert rows == table.to_pylist()[: len(rows)]
+    assert len(rows) >= 1024
+    assert "is damaged Parquet" in told
+
+
+@pytest.mark.parametrize("kind", WRITE)
+def test_values_come_as_json_can_say_them(tmp_path: Path, kind: str) -> None:
+    at = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+    columns = {
+        "decimal": (pyarrow.array([Decimal("12.30")], pyarrow.decimal128(9, 2)), "12.30"),
+        "decimals": (
+            pyarrow.array([[Decimal("0.10"), None]], pyarrow.list_(pyarrow.decimal128(9, 2))),
+            "[0.10, null]",
+        ),
+        "at": (pyarrow.array([at]), '"2024-05-06T07:08:09.123456+00:00"'),
+        "ns": (
+            pyarrow.array([1715000000000000001], pyarrow.timestamp("ns")),
+            '"2024-05-06 12:53:20.000000001"',
+        ),
+        "us": (
+            pyarrow.array([1715000000000000000], pyarrow.timestamp("ns")),
+            '"2024-05-06T12:53:20"',
+        ),
+        "day": (pyarrow.array([date(2024, 5, 6)]), '"2024-05-06"'),
+        "took": (pyarrow.array([timedelta(seconds=1.5)]), "1.5"),
+        "took_ns": (pyarrow.array([1_500_000_001], pyarrow.duration("ns")), "1.500000001"),
+        "bytes": (pyarrow.array([b"\xff\0"]), '{"base64": "/wA="}'),
+        "text": (pyarrow.array(["é".encode()]), '"é"'),
+        "nan": (pyarrow.array([float("nan")]), "null"),
+        "map": (
+            pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
+            '{"a": 1}',
+        ),
+        "numbers": (
+            pyarrow.array([[(1, 2)]], pyarrow.map_(pyarrow.int8(), pyarrow.int8())),
+            "[[1, 2]]",
+        ),
+        "large": (pyarrow.array([2**64 - 1], pyarrow.uint64()), str(2**64 - 1)),
+    }
+    path = tmp_path / "rows"
+    WRITE[kind](pyarrow.table({name: array for name, (array, _) in columns.items()}), path)
+    (record,) = records_of(path)
+    assert record.error is None, record.error
+    shown = {name: dump_row({"v": value}).decode() for name, value in record.shown.items()}
+    assert shown == {name: f'{{"v": {text}}}\n' for name, (_, text) in columns.items()}
+    assert record.read["decimal"] == 12.3
+
+
+def test_a_value_that_json_cannot_say_is_one_wrong_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    bad = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        3,
+        pyarrow.array([b"a", b"\xff", b"c"]).buffers(),
+    )
+    write_stream(
+        pyarrow.table({"id": [1, 2, 3], "prompt": bad, "x": [1.0, 2.0, float("inf")]}), path
+    )
+    first, second, third = records_of(path)
+    assert first.read == {"id": 1, "prompt": "a", "x": 1.0}
+    assert (second.read, str(second.error)) == (
+        {"id": 2, "x": 2.0},
+        "column 'prompt' has a text that isn't UTF-8",
+    )
+    assert (third.read, str(third.error)) == (
+        {"id": 3, "prompt": "c"},
+        "column 'x' has inf, which isn't a number that JSON knows",
+    )
+
+
+def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    num_rows, each = 40_000, 2000
+    schema = pyarrow.schema([("prompt", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
+        rows = [f"{i:0{each}d}" for i in range(num_rows)]
+        writer.write_table(pyarrow.table({"prompt": rows}), row_group_size=num_rows)
+    del rows
+    pool = pyarrow.default_memory_pool()
+    before, most = pool.bytes_allocated(), 0
+    tracemalloc.start()
+    try:
+        with closing(open_source(path)) as source:
+            for number, record in enumerate(source.records()):
+                assert record.read["prompt"] == f"{number:0{each}d}"
+                most = max(most, pool.bytes_allocated() - before)
+        assert tracemalloc.get_traced_memory()[1] < num_rows * each / 4
+    finally:
+        tracemalloc.stop()
+    assert most < num_rows * each / 4

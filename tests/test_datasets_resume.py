@@ -239,7 +239,7 @@ def test_rows_of_another_model_are_refused_or_made_anew(
     assert run(source, output, answerer=idle).resumed == 2
     write(output, rows)
     assert run(source, output, answerer=idle, redo_changed=True).rows == 2
-    assert {row["model"] for row in rows_of(output)} == {"echo"}
+    assert {row["model"] for row in rows_of(output)} == {"echo:tokens=2"}
 
 
 def test_a_model_is_known_by_its_revision_wherever_its_folder_is() -> None:

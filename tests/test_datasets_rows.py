@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_api.datasets.columns import OUTPUT_COLUMNS, Row, RowParser, output_row
+from queue_api.datasets.columns import OUTPUT_COLUMNS, REQUEST_COLUMNS, Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.json_record import JsonRecordReader, dump_row
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
@@ -98,6 +98,28 @@ def test_sampling_fields_of_a_row_go_before_the_defaults() -> None:
     assert [(s.max_tokens, s.seed, s.temperature) for s in sampling] == [(3, 1, 0), (9, 1, 0.5)]
 
 
+@pytest.mark.parametrize("name", sorted(REQUEST_COLUMNS - {"id", "prompt", "messages"}))
+def test_an_empty_string_is_no_value_where_none_could_be_one(name: str) -> None:
+    defaults = SamplingParams(max_tokens=9, seed=1, stop=["x"], temperature=0.5)
+    chat = [{"role": "user", "content": "a"}]
+    with_it, without = parse(
+        json.dumps({"messages": chat, "prompt": "", name: ""}),
+        json.dumps({"messages": chat, "id": 1}),
+        defaults=defaults,
+    )
+    assert isinstance(with_it.request, GenerationRequest)
+    assert isinstance(without.request, GenerationRequest)
+    assert with_it.request.model_copy(update={"id": "1"}) == without.request
+    assert with_it.columns[name] == ""
+
+
+@pytest.mark.parametrize("name", ["id", "prompt"])
+def test_an_empty_text_is_an_error_where_texts_are_values(name: str) -> None:
+    (row,) = parse(json.dumps({"prompt": "a", "messages": "", name: ""}))
+    with pytest.raises(InvalidRequestError, match=f"'{name}' is empty"):
+        raise row.request if isinstance(row.request, RequestError) else AssertionError
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -166,6 +188,28 @@ def test_columns_travel_as_metadata_when_the_reader_lacks_the_input() -> None:
     out = output_row(result.metadata, result)
     assert (out["id"], out["note"]) == (7, [1])
     assert "prompt" not in out
+
+
+def test_ids_that_are_numbers_stay_so_when_columns_travel() -> None:
+    rows = parse(
+        '{"id": 7, "prompt": "p"}',
+        '{"id": 8, "prompt": "p", "max_tokens": 0}',
+        '{"prompt": "p"}',
+        "{broken",
+        keep_columns=True,
+    )
+    parser = RowParser(keep_columns=True)
+    shown = []
+    for row in rows:
+        if isinstance(row.request, RequestError):
+            kept = parser.kept(row.columns, row.id)
+            result = GenerationResult.failed(row.id, row.request, metadata=kept)
+        else:
+            metadata = row.request.metadata
+            result = GenerationResult(id=row.id, finish_reason="stop", metadata=metadata)
+        travelled = GenerationResult.model_validate_json(result.model_dump_json())
+        shown.append(json.loads(dump_row(output_row(travelled.metadata, travelled)))["id"])
+    assert shown == [7, 8, None, None]
 
 
 def lines_of(content: bytes) -> list[tuple[int, bytes | None]]:

@@ -81,7 +81,7 @@ def test_each_turn_is_asked_with_the_answers_so_far(
     assert done.rows == NUM_ROWS
     check(rows_of(output), {*range(NUM_ROWS)}, "Be 0.")
     assert [*rows_of(output)] == [*range(NUM_ROWS)]
-    assert {path.name for path in source.parent.iterdir()} == {"in.jsonl", "out.jsonl"}
+    assert not [*source.parent.glob(".out.jsonl.turn*")]
     again = asyncio.run(answered(settings, answerer, source, output, **options))
     assert (again.rows, again.resumed) == (0, NUM_ROWS)
 
@@ -125,8 +125,8 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_rows(
         asyncio.run(broken_off())
         if draw.random() < 0.4:
             connection.flushall()
-        for path in source.parent.glob("*out.jsonl*"):
-            if draw.random() < 0.4 and (size := path.stat().st_size):
+        for path in [output, *source.parent.glob(".out.jsonl.turn*")]:
+            if path.exists() and draw.random() < 0.4 and (size := path.stat().st_size):
                 os.truncate(path, draw.randrange(size // 2, size))
     asyncio.run(answered(settings, answerer, source, output, selection=selection))
     check(rows_of(output), {*selection.numbers(NUM_ROWS)})

@@ -214,3 +214,52 @@ def test_a_job_that_vanished_isnt_conjured_up(connection, server):
     assert beat.lost == {lease.execution_id: ""}
     assert not connection.exists("rq:job:one")
     assert connection.zcard(f"rq:wip:{QUEUE}") == 0
+
+
+BESIDE = ("rq:executions:one", "rq:results:one", f"rq:finished:{QUEUE}")
+"""Keys of RQ's that stand beside a job's."""
+
+
+@pytest.mark.parametrize("place", BESIDE)
+@pytest.mark.parametrize("result_ttl", [60, -1, 0])
+def test_a_key_of_another_type_beside_a_job_keeps_it_from_no_end(
+    connection, server, place, result_ttl
+):
+    enqueue(connection, job_id="one", result_ttl=result_ttl)
+    worker = stock_worker(connection)
+    lease = claim(server.url, worker)
+    connection.delete(place)
+    connection.set(place, "somebody's")
+    beat = leased(server.url, worker, lambda leases, _: leases.renew([lease], "busy"))
+    assert beat.lost == {}
+    assert finish(server.url, worker, lease, b"1") == 1
+    status = connection.hget("rq:job:one", "status")
+    assert status == (b"finished" if result_ttl else None)
+    assert connection.zcard(f"rq:wip:{QUEUE}") == 0
+    # as it was, and for as long as it was meant to be
+    assert (connection.get(place), connection.ttl(place)) == (b"somebody's", -1)
+
+
+def test_a_key_of_another_type_beside_a_job_lets_it_be_given_back(connection, server):
+    enqueue(connection, job_id="one")
+    worker = stock_worker(connection)
+    lease = claim(server.url, worker)
+    connection.delete("rq:executions:one")
+    connection.set("rq:executions:one", "somebody's")
+    release = lambda leases, scripts: scripts.call(leases.releasing(lease))  # noqa: E731
+    assert leased(server.url, worker, release) == 1
+    assert connection.lrange(f"rq:queue:{QUEUE}", 0, -1) == [b"one"]
+    assert Job.fetch("one", connection, serializer="json").is_queued
+    assert connection.get("rq:executions:one") == b"somebody's"
+
+
+def test_what_is_no_job_any_more_is_neither_given_back_nor_touched(connection, server):
+    enqueue(connection, job_id="one")
+    worker = stock_worker(connection)
+    lease = claim(server.url, worker)
+    connection.set("rq:job:one", "somebody's")
+    release = lambda leases, scripts: scripts.call(leases.releasing(lease))  # noqa: E731
+    assert leased(server.url, worker, release) == 0
+    assert connection.llen(f"rq:queue:{QUEUE}") == 0
+    assert connection.zcard(f"rq:wip:{QUEUE}") == 0
+    assert connection.get("rq:job:one") == b"somebody's"

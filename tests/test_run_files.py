@@ -85,7 +85,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         ("$RUN - -o out.jsonl <&-", "can't read the standard input: it is closed"),
         ("$RUN in.jsonl -o - > /dev/full", "can't write -: No space left on device"),
         ("$BATCHMILL --version > /dev/full", "can't write: No space left on device"),
-        ("$RUN . -o out.jsonl", "can't read .: Is a directory"),
+        ("$RUN . -o out.jsonl", "the folder . has files of several formats: '.csv', '.jsonl'"),
         ("$RUN none -o out.jsonl", "can't read none: No such file or directory"),
         ("$RUN in.jsonl -o notes", "line 1 of notes isn't a row that batchmill wrote"),
         (
@@ -144,6 +144,23 @@ def test_pipes_are_inputs_and_outputs(shell: Shell, tmp_path: Path) -> None:
         rows = rows_of(tmp_path / f"{name}.jsonl")
         assert [row["text"] for row in rows] == ["a a", "b b"], name
     assert len(source.read_text().splitlines()) == 2
+
+
+def test_several_files_of_any_format_are_one_input(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data/b.jsonl", {"prompt": "b"})
+    (tmp_path / "data/a.csv").write_text("prompt\na\n")
+    (tmp_path / "c.lst").write_text("c\nd\n")
+    for _ in range(2):  # the second time, the pattern matches the output, too
+        done = shell("$RUN 'data/*' data/../data/a.csv -o data/out.jsonl")
+        assert done.returncode == 0, done.stderr
+    assert [row["text"] for row in rows_of(tmp_path / "data/out.jsonl")] == ["a a", "b b", "a a"]
+    done = shell("$RUN c.lst -o out.jsonl --format txt")
+    assert done.returncode == 0, done.stderr
+    assert [row["prompt"] for row in rows_of(tmp_path / "out.jsonl")] == ["c", "d"]
+    done = shell("$BATCHMILL submit c.lst --format xml")
+    assert done.returncode == 2
+    assert "no format 'xml': there are jsonl, json, csv, tsv, parquet, arrow, txt" in done.stderr
 
 
 def test_no_file_takes_the_place_of_a_closed_stream(shell: Shell, tmp_path: Path) -> None:
@@ -264,3 +281,77 @@ def test_a_log_line_cannot_be_forged_and_a_traceback_stays_one() -> None:
     assert first == "INFO id a\\nINFO fine"
     assert rest[0] == "Traceback (most recent call last):"
     assert rest[-1] == "ValueError: wrong \\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("output", "options"),
+    [
+        ("out.jsonl.gz", ""),
+        ("out.jsonl.zst", "--ordered"),
+        ("out.parquet", "--part-rows 3"),
+        ("folder", "--output-format datasets --part-rows 4"),
+        ("out.jsonl", "--output-format openai"),
+        ("out.jsonl", "--errors wrong.jsonl --errors-only-apart"),
+    ],
+)
+def test_every_output_is_made_continued_and_verified(
+    shell: Shell, tmp_path: Path, output: str, options: str
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"p{i}", "n": None} for i in range(8)]
+    write(tmp_path / "in.jsonl", *rows, {"prompt": ""})
+    line = f"$RUN in.jsonl -o {output} {options} --show 9"
+    done = shell(line)
+    assert done.returncode == 0, done.stderr
+    assert "p0 p0" in done.stderr
+    done = shell(f"$BATCHMILL verify {output}")
+    assert done.returncode == 0, done.stderr
+    assert "9 rows, each as certified" in done.stderr
+    write(tmp_path / "in.jsonl", *rows, {"prompt": "put right"}, {"prompt": "p9"})
+    done = shell(line)
+    assert done.returncode == 0, done.stderr
+    done = shell(f"$BATCHMILL verify {output}")
+    assert done.returncode == 0, done.stderr
+    assert "10 rows, each as certified" in done.stderr
+    said = json.loads((tmp_path / f"{output}.certificate.json").read_bytes())
+    assert (said["rows_in"], said["rows_out"], said["errors"]) == (10, 10, {})
+    assert said["models"][0]["model"].startswith("echo")
+
+
+def test_an_output_that_changed_since_is_told(shell: Shell, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    done = shell("$BATCHMILL verify out.jsonl")
+    assert done.returncode == 2
+    assert "no certificate" in done.stderr
+    assert shell("$RUN in.jsonl -o out.jsonl").returncode == 0
+    content = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text(content.replace('"text": "a a"', '"text": "b b"'))
+    done = shell("$BATCHMILL verify out.jsonl")
+    assert (done.returncode, done.stdout) == (3, "row 0 has changed\n")
+    done = shell("$RUN in.jsonl -o out.jsonl")
+    assert "isn't what out.jsonl.certificate.json says" in done.stderr
+    # that it was run again makes it no better
+    assert shell("$BATCHMILL verify out.jsonl").returncode == 3
+
+
+def test_rows_with_errors_are_in_a_file_of_their_own_too(shell: Shell, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", {"prompt": "a", "k": 1}, "", "{broken", {"prompt": "", "k": 2})
+    done = shell("$RUN in.jsonl -o out.jsonl --errors wrong.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "out.jsonl")) == 3
+    broken, empty = rows_of(tmp_path / "wrong.jsonl")
+    assert (broken["row"], broken["line"], broken["raw"]) == (1, 3, "{broken")
+    assert (empty["row"], empty["line"], empty["input"]) == (
+        2,
+        4,
+        {"id": "2", "prompt": "", "k": 2},
+    )
+    assert empty["error_code"] == "invalid_request"
+    assert "'prompt' is empty" in empty["error"]
+    (tmp_path / "wrong.jsonl").unlink()
+    done = shell("$RUN in.jsonl -o out.jsonl --errors wrong.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [row["row"] for row in rows_of(tmp_path / "wrong.jsonl")] == [1, 2]
+    for wrong in ("in.jsonl", "out.jsonl"):
+        done = shell(f"$RUN in.jsonl -o out.jsonl --errors {wrong}")
+        assert done.returncode == 2
+        assert "can't be both" in done.stderr or "another process" in done.stderr

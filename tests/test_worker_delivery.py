@@ -45,7 +45,7 @@ def test_a_run_gets_one_result_per_request(connection, start_worker):
     jobs = submit(connection, "run", [f"word{i} and more" for i in range(100)])
     for i, result in enumerate(completed(connection, "run", 100)):
         assert (result.id, result.text) == (f"id-{i}", f"word{i} and")
-        assert (result.model, result.attempt, result.ok) == ("echo", 1, True)
+        assert (result.model, result.attempt, result.ok) == ("echo:tokens=2", 1, True)
         parts = result.timings
         total_s = parts.queue_s + parts.prefill_s + parts.decode_s + parts.publish_s
         assert parts.total_s == pytest.approx(total_s)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kits.worker_kit import QUEUE, num_done, results, status, submit, until
+from kits.worker_kit import QUEUE, completed, num_done, results, status, submit, until
 from rq import Queue
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry
@@ -380,6 +380,20 @@ def test_keys_of_another_type_beside_jobs_disarm_no_queue(connection, start_work
     assert len(made) == 5
     assert connection.get("rq:queue:odd") == b"somebody's"
     assert connection.lrange("rq:queue:odder", 0, -1) == [b"kept"]
+
+
+def test_a_job_whose_key_is_taken_amid_its_work_costs_no_worker(connection, start_worker):
+    """It ends before a heartbeat finds that there is no such job."""
+    jobs = submit(connection, "run", ["a b"] * 2, chunk_size=1)
+    worker = start_worker("echo:tokens=1,step_s=1", lease_s=60)
+    until(lambda: {status(connection, job) for job in jobs} == {"started"})
+    connection.set("rq:job:run-0", "somebody's")
+    completed(connection, "run", 2)
+    until(lambda: connection.zcard(f"rq:wip:{QUEUE}") == 0)
+    submit(connection, "after", ["a b"])
+    completed(connection, "after", 1)
+    assert "CRITICAL" not in worker.said()
+    assert (connection.get("rq:job:run-0"), connection.ttl("rq:job:run-0")) == (b"somebody's", -1)
 
 
 def test_a_queue_of_things_that_are_no_jobs_is_looked_through_in_parts(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 
-from kits.worker_kit import QUEUE, completed, num_done, status, submit, until
+from kits.worker_kit import QUEUE, completed, num_done, results, status, submit, until
 from rq import Queue, Retry
 from rq.job import Job
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
+from queue_api.client.client import Client
 from queue_api.store.jobs import GENERATE, chunk_job_id, single_job_id
 
 FAILING = "echo:marked=poison,on_marked=error"
@@ -49,6 +51,28 @@ def test_a_request_that_fails_is_retried_alone_and_dead_lettered_alone(connectio
     until(lambda: dead_letter(connection) == [single])
     assert "poison" in Job.fetch(single, connection, serializer="json").latest_result().exc_string
     assert status(connection, chunk_job_id("run", 0)) == "finished"
+
+
+def test_a_single_whose_key_is_taken_costs_no_worker(connection, settings, start_worker):
+    connection.set("rq:job:run-i2", "somebody's")
+    prompts = ["poison" if i in (2, 5) else f"word{i}" for i in range(8)]
+    worker = start_worker(FAILING)
+    submit(connection, "run", prompts, chunk_size=8, retries=2)
+    until(lambda: num_done(connection, "run") == 7)
+    until(lambda: status(connection, chunk_job_id("run", 0)) == "finished")
+    found = {result.index: result for result in results(connection, "run")}
+    assert sorted(found) == [0, 1, 3, 4, 5, 6, 7]
+    assert [i for i, result in found.items() if not result.ok] == [5]
+    assert worker.process.poll() is None
+    assert "CRITICAL" not in worker.said()
+    assert connection.get("rq:job:run-i2") == b"somebody's"
+
+    async def read() -> dict[int, str | None]:
+        async with Client(settings=settings) as client:
+            told = client.run("run").results()
+            return {r.index: r.error and r.error.code async for r in told}
+
+    assert asyncio.run(asyncio.wait_for(read(), 60))[2] == "job_lost"
 
 
 def test_without_retries_the_request_is_dead_lettered_at_once(connection, start_worker):
@@ -104,3 +128,15 @@ def test_a_request_that_breaks_the_engine_is_quarantined(connection, start_worke
     assert codes in ([1, 1], [1, 1, 1])
     found = completed(connection, "run", 20)
     assert [result.error.code for result in found if not result.ok] == ["quarantined"]
+
+
+def test_a_quarantined_request_gets_its_metadata_back(connection, settings, start_worker):
+    async def submit_one() -> None:
+        async with Client(settings=settings) as client:
+            await client.submit([{"prompt": "poison", "metadata": {"note": [1]}}], "run")
+
+    asyncio.run(submit_one())
+    serve_until_done(connection, start_worker, 1, BREAKING)
+    (result,) = completed(connection, "run", 1)
+    assert result.error.code == "quarantined"
+    assert result.metadata == {"note": [1]}

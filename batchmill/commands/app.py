@@ -14,6 +14,7 @@ from batchmill.commands.results import results
 from batchmill.commands.run import run
 from batchmill.commands.status import status
 from batchmill.commands.submit import submit
+from batchmill.commands.verify import verify
 from batchmill.commands.worker import worker
 
 __all__ = ["app", "main"]
@@ -45,7 +46,7 @@ def batchmill(
 ) -> None: ...
 
 
-for command in (run, worker, submit, status, results, cancel, plan):
+for command in (run, verify, worker, submit, status, results, cancel, plan):
     app.command()(command)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from batchmill.commands.options import option_group
+from batchmill.commands.options import GENERATION_DEFAULTS, option_group
 from workers.settings import DEMO_MODEL
 
 __all__ = ["EngineFlags", "plan_engine_options", "worker_engine_options"]
@@ -82,14 +82,7 @@ _ENGINE: dict[str, Any] = {
         int | None,
         typer.Option("--threads", help="CPU threads of each engine.", show_default=False),
     ],
-    "generation_defaults": Annotated[
-        str | None,
-        typer.Option(
-            help="What of the model's generation config counts where a request says nothing: "
-            "model, what generate(do_sample=False) applies; all, its sampling too; none (model).",
-            show_default=False,
-        ),
-    ],
+    **GENERATION_DEFAULTS,
     "trust_remote_code": Annotated[
         bool | None,
         typer.Option("--trust-remote-code", help="Run Python code that comes with the model."),

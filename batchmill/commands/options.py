@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from queue_api.client.client import Client
 from queue_api.connection.settings import EnvironmentSettings, QueueSettings
 from queue_api.datasets.columns import check_fields
+from queue_api.datasets.formats.opening import FORMAT_NAMES
 from queue_api.wire.errors import (
     BatchmillError,
     ConfigurationError,
@@ -40,8 +41,11 @@ from queue_api.wire.plain_text import PlainTextFormatter, on_one_line
 from queue_api.wire.schemas import SamplingParams, describe
 
 __all__ = [
+    "GENERATION_DEFAULTS",
     "ChunkSize",
     "Fields",
+    "InputFormat",
+    "InputNames",
     "QueueName",
     "RedisUrl",
     "RowSampling",
@@ -54,6 +58,7 @@ __all__ = [
     "option_group",
     "run_app",
     "run_async",
+    "run_sampling_options",
     "sampling_options",
     "tell",
 ]
@@ -92,6 +97,24 @@ ChunkSize = Annotated[
     ),
 ]
 
+InputNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files of rows, folders of them, patterns in quotes, addresses such as hf://… or "
+        "https://…; - is stdin.",
+    ),
+]
+InputFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="|".join(FORMAT_NAMES),
+        help="What the input is in. Default: what its content tells, or the name .txt.",
+        show_default=False,
+    ),
+]
+
 Fields = Annotated[
     str | None,
     typer.Option(
@@ -114,6 +137,14 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.
 _SAMPLING: dict[str, Any] = {
     "max_tokens": Annotated[
         int | None, typer.Option(help="At most so many new tokens (128).", show_default=False)
+    ],
+    "truncate_max_tokens": Annotated[
+        bool,
+        typer.Option(
+            "--truncate-max-tokens",
+            help="Cut max_tokens to what the model's length has room for, where it would be "
+            "refused.",
+        ),
     ],
     "temperature": Annotated[
         float | None, typer.Option(help="0 is greedy, the default.", show_default=False)
@@ -196,8 +227,21 @@ def _sampling_of(values: dict[str, Any]) -> SamplingParams:
         raise ConfigurationError(describe(error)) from None
 
 
-sampling_options = option_group("sampling", _SAMPLING, _sampling_of)
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "generation_defaults": Annotated[
+        str | None,
+        typer.Option(
+            help="What of the model's generation config counts where a request says nothing: "
+            "model, what generate(do_sample=False) applies; all, its sampling too; none. "
+            "Default: the worker's setting, which is model.",
+            show_default=False,
+        ),
+    ],
+}
+sampling_options = option_group("sampling", _SAMPLING | GENERATION_DEFAULTS, _sampling_of)
 """Give a command options of sampling fields; it gets them as one `sampling` parameter."""
+run_sampling_options = option_group("sampling", _SAMPLING, _sampling_of)
+"""The same, where an option of the workers has the name of one of them."""
 
 
 def fields_of(given: str | None, *, row_sampling: bool) -> frozenset[str] | None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from batchmill.commands.options import RedisUrl, RunArgument, open_client, run_async
 from batchmill.commands.status import total_of
 from queue_api.client.run import Run
-from queue_api.datasets.columns import output_row
+from queue_api.datasets.columns import has_number_as_id, output_row
 from queue_api.datasets.fingerprint import result_fingerprint
-from queue_api.datasets.formats.opening import open_sink
+from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import DatasetError, RowsFailedError, RunIncompleteError
+from queue_api.wire.schemas import GenerationResult
 
 __all__ = ["results"]
+
+_NUMBER = re.compile("0|-?[1-9][0-9]*")
 
 
 def results(
@@ -43,6 +48,7 @@ def results(
             is_done = False
             try:
                 await _write_results(handle, mark, sink, follow=follow)
+                sink.finish()
                 is_done = True
             finally:
                 sink.close(keep_empty=is_done)
@@ -62,6 +68,16 @@ def results(
         raise RowsFailedError(f"all {status.done} requests of run {run!r} ended with an error")
 
 
+def _with_number(result: GenerationResult) -> Mapping[str, Any]:
+    """The columns of a result of a run whose ids are numbers.
+
+    One that no worker made, because it was cancelled or its job was lost, has none, and only the
+    text that its id was asked under: it would make the column one of two types.
+    """
+    is_number = not result.metadata and _NUMBER.fullmatch(result.id)
+    return {"id": int(result.id)} if is_number else result.metadata
+
+
 async def _write_results(run: Run, mark: str, sink: RowSink, *, follow: bool) -> None:
     for index in range(sink.end):
         if sink.has_other(index, result_fingerprint(run.id, mark, index)):
@@ -69,12 +85,15 @@ async def _write_results(run: Run, mark: str, sink: RowSink, *, follow: bool) ->
                 f"the output belongs to another run than {run.id!r}: its row {index} wasn't made "
                 "there; choose another file"
             )
+    are_numbers = False
     async with aclosing(run.batches(follow=follow, whole=False)) as batches:
         async for batch in batches:
             rows = []
+            are_numbers = are_numbers or any(has_number_as_id(r.metadata) for r in batch)
             for result in batch:
                 made_of = result_fingerprint(run.id, mark, result.index)
                 if result.index not in sink:
-                    row = output_row(result.metadata, result, made_of)
+                    columns = _with_number(result) if are_numbers else result.metadata
+                    row = output_row(columns, result, made_of)
                     rows.append(MadeRow(result.index, made_of, row))
             sink.append(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +14,8 @@ from batchmill.commands.layout_options import layout_options, selection_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
+    InputFormat,
+    InputNames,
     QueueName,
     RedisUrl,
     RowSampling,
@@ -22,15 +23,17 @@ from batchmill.commands.options import (
     Stopped,
     fields_of,
     run_async,
-    sampling_options,
+    run_sampling_options,
     tell,
 )
+from batchmill.commands.output_options import output_options
 from batchmill.offline.dry_run import dry_run as show_prompts
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.report import sample_table, summary_table
 from engine.control_group import cpus_allowed
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW
@@ -44,14 +47,13 @@ from workers.settings import WorkerSettings
 __all__ = ["run"]
 
 
-@sampling_options
+@run_sampling_options
 @layout_options
 @selection_options
+@output_options
 @worker_engine_options
 def run(
-    input: Annotated[  # noqa: A002 - the name shown in the help
-        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
-    ],
+    input: InputNames,  # noqa: A002 - the name shown in the help
     *,
     output: Annotated[
         str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
@@ -60,6 +62,7 @@ def run(
     layout: Layout,
     selection: RowSelection,
     engine: EngineFlags,
+    outputs: OutputOptions,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes to start; 0 uses those that serve --queue.")
     ] = 1,
@@ -70,6 +73,7 @@ def run(
         int, typer.Option(min=1, help="Requests that may be in Redis at a time.")
     ] = DEFAULT_WINDOW,
     show: Annotated[int, typer.Option(min=0, help="Rows to show at the end.")] = 0,
+    format: InputFormat = None,  # noqa: A002
     fields: Fields = None,
     row_sampling: RowSampling = True,
     retry_errors: Annotated[
@@ -106,6 +110,14 @@ def run(
             "all; start and write nothing.",
         ),
     ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep results there, and take from there what the same model was asked before.",
+            show_default=False,
+        ),
+    ] = None,
     redis_url: RedisUrl = None,
 ) -> None:
     """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
@@ -116,6 +128,8 @@ def run(
     # Read here as the workers will: what is wrong is said once and before anything starts.
     settings = WorkerSettings.load(**engine)
     engine_config(settings)
+    if engine["generation_defaults"] is not None:  # workers that are there already may differ
+        sampling = sampling.model_copy(update={"generation_defaults": settings.generation_defaults})
     flags = engine | {
         "model": settings.model,
         "num_threads": settings.num_threads or _threads_each(workers),
@@ -128,7 +142,7 @@ def run(
     }
     console = Console(stderr=True)
     job = OfflineRun(
-        input=input,
+        inputs=input,
         output=output,
         redis_url=_given_redis_url(redis_url),
         defaults=sampling,
@@ -139,6 +153,7 @@ def run(
         chunk_size=chunk_size,
         window=window,
         model=_model_of(settings) if workers else "",
+        format=format,
         fields=fields_of(fields, row_sampling=row_sampling),
         layout=layout,
         selection=replace(selection, seed=sampling.seed or 0),
@@ -146,6 +161,9 @@ def run(
         redo_changed=redo_changed,
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
+        cache=cache,
+        cache_scope=_cache_scope(settings) if workers else "other workers",
+        outputs=outputs,
     )
     if dry_run:
         _show_dry_run(job, settings)
@@ -157,7 +175,7 @@ def run(
             console.print("broken off; the same command goes on where this one stopped")
         raise
     if show and output != "-":
-        console.print(sample_table(Path(output), show))
+        console.print(sample_table(output, outputs, show))
     console.print(summary_table(summary))
     if summary.errors_before:
         tell(
@@ -193,8 +211,15 @@ def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool
 
 def _model_of(settings: WorkerSettings) -> str:
     """What the workers load, as far as the settings tell."""
-    parts = (settings.model, settings.revision, settings.dtype, settings.quantization)
+    parts = [settings.model, settings.revision, settings.dtype, settings.quantization]
+    if settings.generation_defaults != "model":
+        parts.append(settings.generation_defaults)
     return "\n".join(str(part or "") for part in parts)
+
+
+def _cache_scope(settings: WorkerSettings) -> str:
+    """The settings that a text depends on and neither the request nor the model's revision has."""
+    return f"{settings.generation_defaults} {settings.max_model_len}"
 
 
 def _given_redis_url(flag: str | None) -> str | None:

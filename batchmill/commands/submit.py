@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
 
 import typer
 
@@ -12,6 +11,8 @@ from batchmill.commands.layout_options import layout_options
 from batchmill.commands.options import (
     ChunkSize,
     Fields,
+    InputFormat,
+    InputNames,
     QueueName,
     RedisUrl,
     RowSampling,
@@ -36,15 +37,14 @@ __all__ = ["submit"]
 @sampling_options
 @layout_options
 def submit(
-    input: Annotated[  # noqa: A002 - the name shown in the help
-        str, typer.Argument(metavar="INPUT.jsonl", help="A row to a request; - is stdin.")
-    ],
+    input: InputNames,  # noqa: A002 - the name shown in the help
     *,
     sampling: SamplingParams,
     layout: Layout,
     run: RunId = None,
     queue: QueueName = None,
     chunk_size: ChunkSize = None,
+    format: InputFormat = None,  # noqa: A002
     fields: Fields = None,
     row_sampling: RowSampling = True,
     redis_url: RedisUrl = None,
@@ -61,7 +61,7 @@ def submit(
         )
 
     async def work() -> str:
-        data = DatasetInput(input)
+        data = DatasetInput(input, format=format)
         try:
             await data.look(sampling, names, layout)
             if data.how_read:
@@ -91,7 +91,7 @@ async def _requests(data: DatasetInput, parser: RowParser) -> AsyncGenerator[Req
     async with aclosing(data.rows(parser)) as rows:
         async for row in rows:
             if isinstance(row.request, RequestError):
-                kept = parser.kept(row.columns)
+                kept = parser.kept(row.columns, row.id)
                 yield GenerationResult.failed(row.id, row.request, metadata=kept)
             else:
                 yield row.request

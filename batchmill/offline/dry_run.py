@@ -44,7 +44,7 @@ async def dry_run(
     :raises DatasetError: the input can't be used
     :raises ConfigurationError: the layout can't
     """
-    data = DatasetInput(job.input, job.selection)
+    data = DatasetInput(job.inputs, format=job.format, selection=job.selection)
 
     def parser(warn: Callable[[str], None]) -> RowParser:
         return RowParser(
@@ -78,7 +78,7 @@ def _say_nothing(_: str) -> None:
 
 
 def _row(row: Row, tokenizer: PromptReader | None) -> list[str]:
-    name = f"row {row.number}, id {row.id!r}"
+    name = f"row {row.row}, id {row.id!r}"
     try:
         if isinstance(row.request, RequestError):
             raise row.request

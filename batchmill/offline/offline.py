@@ -8,7 +8,7 @@ command again goes on from there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
@@ -46,7 +47,7 @@ class ServerEndedError(RunIncompleteError):
 class OfflineRun:
     """What one `batchmill run` is to do."""
 
-    input: str
+    inputs: Sequence[str]
     output: str
     redis_url: str | None
     """None: start a private one."""
@@ -63,6 +64,8 @@ class OfflineRun:
     """Requests that may be in Redis at a time."""
     model: str = ""
     """Names the model and how it is loaded, so that runs with others are others."""
+    format: str | None = None
+    """Of the input; None: its content tells."""
     fields: frozenset[str] | None = None
     """The columns that are read as their requests' fields; None: all with the name of one."""
     layout: Layout = field(default_factory=Layout)
@@ -73,6 +76,11 @@ class OfflineRun:
     redo_changed: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
+    cache: str | None = None
+    """A folder of results of earlier runs."""
+    cache_scope: str = ""
+    """The workers' settings that texts depend on."""
+    outputs: OutputOptions = field(default_factory=OutputOptions)
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -90,17 +98,19 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
     """The files, looked at: what is wrong with one is told before anything is started."""
     return open_dataset(
-        job.input,
+        job.inputs,
         job.output,
         defaults=job.defaults,
         run=job.run,
         model=job.model,
+        format=job.format,
         fields=job.fields,
         layout=job.layout,
         selection=job.selection,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
         ordered=job.ordered,
+        outputs=job.outputs,
         warn=lambda line: _show(console, f"WARNING {line}"),
     )
 
@@ -156,6 +166,8 @@ async def _generate(
         chunk_size=job.chunk_size,
         window=job.window,
         max_errors=job.max_errors,
+        cache=job.cache,
+        cache_scope=job.cache_scope,
         on_progress=on_progress,
     )
 

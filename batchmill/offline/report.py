@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -16,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from queue_api.datasets.formats.output_opening import open_sink
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.summary import Progress, Quantiles, RunSummary
 from queue_api.wire.plain_text import on_one_line
 
@@ -110,6 +110,8 @@ def summary_table(summary: RunSummary) -> Table:
     table.add_row("rows", f"{summary.rows:,}", "")
     if summary.resumed:
         table.add_row("rows written before", f"{summary.resumed:,}", "")
+    if summary.cached:
+        table.add_row("rows from the cache", f"{summary.cached:,}", "")
     table.add_row("errors", f"{summary.errors:,}", "")
     if summary.errors_before:
         table.add_row("errors written before", f"{summary.errors_before:,}", "")
@@ -136,24 +138,26 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f} s"
 
 
-def sample_table(output: Path, count: int) -> Table:
-    """`count` rows of an output file, spread over it."""
+def sample_table(output: str, outputs: OutputOptions, count: int) -> Table:
+    """`count` rows of an output, spread over it."""
     table = Table("id", "prompt", "text", "finish", title="samples", title_justify="left")
-    with output.open("rb") as file:
-        step = max(1, sum(1 for _ in file) // count)
-        file.seek(0)
-        for line in itertools.islice(file, 0, step * count, step):
-            row = json.loads(line)
+    sink = open_sink(output, outputs)
+    try:
+        step = max(1, sink.rows // count)
+        for written in itertools.islice(sink.written(), 0, step * count, step):
+            row = written.columns
             table.add_row(
                 escape(_shorten(str(row["id"]))),
                 escape(_shorten(_prompt_of(row))),
-                escape(_shorten(row["text"] or row["error"])),
+                escape(_shorten(row.get("text") or row["error"])),
                 row["finish_reason"],
             )
+    finally:
+        sink.close()
     return table
 
 
-def _prompt_of(row: dict[str, Any]) -> str:
+def _prompt_of(row: Mapping[str, Any]) -> str:
     messages = row.get("messages")
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
         return str(messages[-1].get("content", ""))

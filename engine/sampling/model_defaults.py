@@ -20,7 +20,14 @@ from engine.models.generation_config import ModelGeneration
 from queue_api.wire.errors import UnsupportedModelError, UnsupportedRequestError
 from queue_api.wire.sampling import GenerationDefaults, SamplingParams
 
-__all__ = ["AppliedDefaults", "ModelDefaults", "Processor"]
+__all__ = [
+    "APPLIED_FIELDS",
+    "SAMPLING_FIELDS",
+    "UNSUPPORTED_FIELDS",
+    "AppliedDefaults",
+    "ModelDefaults",
+    "Processor",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +50,8 @@ _OF_ENDINGS = frozenset(
     {"min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id"}
 )
 """Left out beside structured outputs, which say how a text begins and ends."""
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
+"""Applied where all of a model's defaults are asked for."""
 _SAMPLING_UNSUPPORTED = ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
 _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "num_beams": (1,),
@@ -60,6 +68,8 @@ _UNSUPPORTED: Mapping[str, Collection[object]] = {
     "max_time": (),
 }
 """What would make another text, and the values with which it doesn't."""
+UNSUPPORTED_FIELDS = (*_UNSUPPORTED, *_SAMPLING_UNSUPPORTED)
+"""Named in a warning; the latter where all of a model's defaults are asked for."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ _BUILDERS: dict[str, _Build] = {
     "renormalize_logits": lambda _, __: hf.LogitNormalization(),
 }
 """In the order of transformers' `_get_logits_processor`."""
+APPLIED_FIELDS = (*_BUILDERS, "stop_strings")
 _SAME_FOR_ALL = frozenset({"sequence_bias", "bad_words_ids", "suppress_tokens"})
 """Built once: they take time, and know nothing of a text."""
 _NO_EFFECT: Mapping[str, object] = {
@@ -176,7 +187,7 @@ class ModelDefaults:
             self._processed["begin_suppress_tokens"] = pair
         stop = named.get("stop_strings") or []
         self._stop = list(stop) if isinstance(stop, list | tuple) else [stop]
-        self._sampling = {name: named[name] for name in _SAMPLING if name in named}
+        self._sampling = {name: named[name] for name in SAMPLING_FIELDS if name in named}
         self._sampling.setdefault("temperature", 1.0)
         if not named.get("do_sample"):
             self._sampling = {}

@@ -13,11 +13,11 @@ from uuid import uuid4
 from queue_api.client.reader import ResultReader, Subscription
 from queue_api.connection.tasks import end
 from queue_api.store.cancel import cancel_requests
-from queue_api.store.enqueue import QUEUE_FULL
+from queue_api.store.enqueue import KEY_TAKEN, QUEUE_FULL, key_taken
 from queue_api.store.jobs import chunk_job_id, request_json, too_large
 from queue_api.store.reconcile import Reconciler
 from queue_api.store.run_store import RunStore, if_possible, parse_result
-from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError
+from queue_api.wire.errors import BatchmillError, ClientClosedError, QueueFullError, RequestError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
 
 __all__ = ["Interactive"]
@@ -150,9 +150,11 @@ class Interactive:
                 for i in indexes
             ]
             returned = await self._store.enqueue(calls)
-            for index, answer in zip(indexes, returned, strict=True):
+            for index, call, answer in zip(indexes, calls, returned, strict=True):
                 if index in self._pending:
                     self._pending[index].sent = answer != QUEUE_FULL
+                if answer == KEY_TAKEN:
+                    self._refuse(index, key_taken(call))
             indexes = [i for i, r in zip(indexes, returned, strict=True) if r == QUEUE_FULL]
             if indexes and not self._wait_when_full:
                 error = QueueFullError(f"queue {template.queue.name!r} is full; try again later")
@@ -194,6 +196,13 @@ class Interactive:
         if pending is None or pending.future.done():
             return
         pending.future.set_result(parse_result(self._run, index, raw))
+
+    def _refuse(self, index: int, error: RequestError) -> None:
+        """Give a call a result that says what was wrong with its request."""
+        pending = self._pending.get(index)
+        if pending is not None and not pending.future.done():
+            failed = GenerationResult.failed(pending.id, error, run=self._run, index=index)
+            pending.future.set_result(failed)
 
     def _fail(self, index: int, error: Exception) -> None:
         pending = self._pending.get(index)

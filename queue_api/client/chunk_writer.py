@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
 
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.cancel import cancel_requests
-from queue_api.store.enqueue import QUEUE_FULL, EnqueueCall
+from queue_api.store.enqueue import KEY_TAKEN, QUEUE_FULL, EnqueueCall, key_taken
 from queue_api.store.jobs import (
     chunk_job_id,
     fit_together,
@@ -52,10 +53,12 @@ class ChunkWriter:
         submitted: int = 0,
         wait_when_full: bool = True,
         job_ttl_s: int | None = None,
+        fingerprint: str = "",
     ) -> None:
         self._store = store
         self._run = run
         self._template = store.template(queue, job_ttl_s)
+        self._fingerprint = fingerprint
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full
@@ -150,16 +153,31 @@ class ChunkWriter:
     def _jobs(self, number: int, chunk: list[tuple[int, bytes]]) -> Iterator[EnqueueCall]:
         """What enqueues these requests of a chunk."""
         if fit_together([as_json for _, as_json in chunk]):
-            yield self._template.call(chunk_job_id(self._run, number), self._run, chunk)
+            yield self._call(chunk_job_id(self._run, number), chunk)
             return
         for index, as_json in chunk:
             job_id = single_job_id(self._run, index)
-            yield self._template.call(job_id, self._run, [(index, as_json)])
+            yield self._call(job_id, [(index, as_json)])
+
+    def _call(self, job_id: str, items: list[tuple[int, bytes]]) -> EnqueueCall:
+        return self._template.call(job_id, self._run, items, fingerprint=self._fingerprint)
+
+    def _without_job(self, call: EnqueueCall) -> Iterator[GenerationResult]:
+        """Results of requests whose job's key is somebody else's."""
+        error = key_taken(call)
+        for index, as_json in call.items:
+            request = json.loads(as_json)
+            metadata = request.get("metadata", {})
+            yield GenerationResult.failed(
+                request["id"], error, run=self._run, index=index, metadata=metadata
+            )
 
     async def _enqueue(self, calls: Sequence[EnqueueCall], store: RunStore) -> None:
         pause_s = FIRST_PAUSE_S
         while calls:
             returned = await store.enqueue(calls)
+            taken = [c for c, r in zip(calls, returned, strict=True) if r == KEY_TAKEN]
+            await store.emit(self._run, [r for call in taken for r in self._without_job(call)])
             calls = [c for c, r in zip(calls, returned, strict=True) if r == QUEUE_FULL]
             if not calls:
                 return

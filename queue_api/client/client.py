@@ -18,7 +18,7 @@ from queue_api.store.jobs import request_json, too_large
 from queue_api.store.run_store import RunStore
 from queue_api.store.runs import RunStatus, check_run_id, run_of_call
 from queue_api.wire.errors import ClientClosedError, DuplicateRequestError
-from queue_api.wire.sampling_fields import SamplingFields
+from queue_api.wire.request_fields import RequestFields
 from queue_api.wire.schemas import ChatMessage, GenerationRequest, GenerationResult, SamplingParams
 
 __all__ = ["Client", "Run"]
@@ -114,9 +114,9 @@ class Client:
         metadata: Mapping[str, Any] | None = None,
         return_token_ids: bool = False,
         timeout: float | None = None,  # noqa: ASYNC109 - it also withdraws the request
-        **sampling: Unpack[SamplingFields],
+        **fields: Unpack[RequestFields],
     ) -> GenerationResult:
-        """Continue one prompt; sampling fields (`max_tokens=…`) are SamplingParams'.
+        """Continue one prompt; `fields` are those of SamplingParams and GenerationRequest.
 
         With an `id` of your own the call is idempotent: it is a run of one, named after the id
         and the queue, and a second call joins the first, in whichever process, while its result is
@@ -132,18 +132,18 @@ class Client:
         """
         self.check()
         # What has a wrong type is left as it is: it is told by its field's name.
-        fields: dict[str, Any] = {"id": uuid4().hex if id is None else id, **sampling}
+        given: dict[str, Any] = {"id": uuid4().hex if id is None else id, **fields}
         if prompt is not None:
             ids = isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes)
-            fields["prompt"] = list(prompt) if ids else prompt
+            given["prompt"] = list(prompt) if ids else prompt
         if messages is not None:
             listed = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping)
-            fields["messages"] = [_plain(m) for m in messages] if listed else messages
+            given["messages"] = [_plain(m) for m in messages] if listed else messages
         if metadata:
-            fields["metadata"] = _plain(metadata)
+            given["metadata"] = _plain(metadata)
         if return_token_ids:
-            fields["return_token_ids"] = True
-        request = as_request(fields, 0)
+            given["return_token_ids"] = True
+        request = as_request(given, 0)
         call = self._interactive.generate if id is None else self._generate_once
         limit = asyncio.timeout(timeout)
         try:

@@ -260,6 +260,7 @@ class Submission:
             done=await self._store.done(self.run_id),
             submitted=status.submitted,
             wait_when_full=self._wait_when_full,
+            fingerprint=mark,
         )
         for index, item in enumerate(self._head):
             if self._put(self._writer, index, item):

@@ -22,10 +22,11 @@ from queue_api.client.client import Client
 from queue_api.client.run import Run
 from queue_api.client.submission import Requests, several
 from queue_api.connection.settings import QueueSettings
+from queue_api.connection.tasks import end
 from queue_api.store.owner import check_process
 from queue_api.store.runs import RunStatus
 from queue_api.wire.errors import ClientClosedError
-from queue_api.wire.sampling_fields import SamplingFields
+from queue_api.wire.request_fields import RequestFields
 from queue_api.wire.schemas import ChatMessage, GenerationResult, SamplingParams
 
 __all__ = ["SyncClient", "SyncRun"]
@@ -112,7 +113,7 @@ class SyncClient:
         metadata: Mapping[str, Any] | None = None,
         return_token_ids: bool = False,
         timeout: float | None = None,
-        **sampling: Unpack[SamplingFields],
+        **fields: Unpack[RequestFields],
     ) -> GenerationResult:
         """See Client.generate."""
         return self.call(
@@ -123,7 +124,7 @@ class SyncClient:
                 metadata=metadata,
                 return_token_ids=return_token_ids,
                 timeout=timeout,
-                **sampling,
+                **fields,
             )
         )
 
@@ -261,6 +262,4 @@ async def _end(client: Client) -> None:
         await client.close()
     finally:
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await end(others)

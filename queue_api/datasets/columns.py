@@ -36,6 +36,7 @@ __all__ = [
     "Row",
     "RowParser",
     "check_fields",
+    "has_number_as_id",
     "output_row",
 ]
 
@@ -70,6 +71,8 @@ OUTPUT_COLUMNS = (
 """What an output row has besides its input columns."""
 RAW = "batchmill.json"
 """Key of an object that stands for the JSON text in it, where columns travel as metadata."""
+_NO_NUMBER = {RAW: "null"}
+"""The id of a row that has none, where ids are numbers, as it travels."""
 
 
 def check_fields(names: Collection[str]) -> frozenset[str]:
@@ -96,7 +99,11 @@ class Row:
     fingerprint: str = ""
     as_json: bytes | None = None
     """The request in that form."""
-    number: int = -1
+    number: int = 0
+    """That of its record."""
+    raw: bytes | None = None
+    """Of a row that can't be read: as the input has it."""
+    row: int = -1
     """Its place in the input, from 0: its index, unless rows were chosen."""
     answers: Sequence[str] | None = None
     """To the turns before the one that is asked; None if it isn't asked in turns."""
@@ -142,21 +149,25 @@ class RowParser:
     def parse(self, found: Record) -> Row:
         """The next row."""
         index, self._index = self._index, self._index + 1
-        number = index if found.row is None else found.row
+        place = index if found.row is None else found.row
         read = self._reader.read(found)
-        mark, shown = self._fingerprint(found, read), self._with_null_id(read.shown)
+        mark = self._fingerprint(found, read)
+        shown = read.shown = self._with_null_id(read.shown)
         try:
             if read.error is not None:
                 raise read.error
-            answers = self._ask_turn(read.fields, number)
-            request = self._request(found, read, number)
+            answers = self._ask_turn(read.fields, place)
+            request = self._request(found, read, place)
             as_json = request_json(request)
         except RequestError as error:
             told = self._reader.with_columns(str(error))
             error = type(error)(f"{self.place(found.number)}: {told}")
-            name = request_id(_with_text_id(read.fields), number)
-            return Row(index, shown, name, error, mark, number=number)
-        return Row(index, shown, request.id, request, mark, as_json, number, answers)
+            name = request_id(_with_text_id(read.fields), place)
+            raw = None if found.error is None else found.raw
+            return Row(index, shown, name, error, mark, None, found.number, raw, place)
+        return Row(
+            index, shown, request.id, request, mark, as_json, found.number, None, place, answers
+        )
 
     def num_turns(self, found: Record) -> int:
         """How many turns a record has; 1 if it is wrong."""
@@ -177,11 +188,12 @@ class RowParser:
         fields["messages"] = self.turn.messages(fields["messages"], later, answers)
         return answers
 
-    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a row's columns travels as metadata."""
+    def kept(self, columns: Mapping[str, Any], asked_id: str) -> dict[str, Any]:
+        """What of a row's columns travels as metadata; an id if it is asked under another text."""
+        keep_id = columns.get("id") not in (None, asked_id)
         return {
             name: {RAW: str(value)} if isinstance(value, RawJson) else value
-            for name, value in self._reader.kept(columns).items()
+            for name, value in self._reader.kept(columns, keep_id=keep_id).items()
         }
 
     def fingerprint(self, found: Record) -> str:
@@ -233,9 +245,7 @@ class RowParser:
             raise InvalidRequestError(f"{column!r} is {given!r:.60}: give a string or an integer")
         fields["id"] = self._id(given, index, found.number)
         if self.keep_columns:
-            fields["metadata"] = self.kept(read.shown)
-            if given is not None and given != fields["id"]:
-                fields["metadata"]["id"] = given
+            fields["metadata"] = self.kept(read.shown, fields["id"])
         return as_request(fields, index, self.defaults)
 
     def _id(self, given: str | int | None, index: int, number: int) -> str:
@@ -258,6 +268,12 @@ class RowParser:
             other = f"own-{other}"
         self._places[other] = -number
         return other
+
+
+def has_number_as_id(columns: Mapping[str, Any]) -> bool:
+    """Whether a row that travelled with its columns says that ids are numbers in its dataset."""
+    given = columns.get("id")
+    return given == _NO_NUMBER or (isinstance(given, int) and not isinstance(given, bool))
 
 
 def output_row(

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import Row, RowParser
 from queue_api.datasets.first_look import FirstLook
-from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.formats.opening import Inputs, open_source
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.record_stream import RecordStream
@@ -22,13 +22,22 @@ __all__ = ["DatasetInput"]
 
 
 class DatasetInput:
-    """A file, a pipe or, as `-`, the standard input, and its records in an event loop.
+    """Files, a pipe or, as `-`, the standard input, and their records in an event loop; the
+    parameters are open_source's.
 
-    :raises DatasetError: it can't be opened
+    :raises DatasetError: they can't be opened
+    :raises ConfigurationError: there is no such format
     """
 
-    def __init__(self, path: Path | str, selection: RowSelection | None = None) -> None:
-        self.source = open_source(path)
+    def __init__(
+        self,
+        inputs: Inputs,
+        *,
+        format: str | None = None,  # noqa: A002 - as on the command line
+        output: Path | str = "",
+        selection: RowSelection | None = None,
+    ) -> None:
+        self.source = open_source(inputs, format=format, output=output)
         """All of the input's rows."""
         self.chosen = self.source
         """Those that are asked for."""

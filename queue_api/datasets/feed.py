@@ -20,6 +20,7 @@ from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.in_order import InOrder
+from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import no_such_row, other_model, other_row
 from queue_api.datasets.row_numbers import RowNumbers
 from queue_api.datasets.summary import Progress, RunSummary
@@ -46,6 +47,7 @@ class OpenedRun:
     run: str
     queue: str
     chunk_size: int
+    fingerprint: str
     submitted: int
     done: Bitmap
     """What Redis takes for done."""
@@ -69,6 +71,7 @@ class DatasetRun:
         window: int,
         limit: ErrorLimit | None,
         ordered: bool,
+        cache: ResponseCache | None,
         makers: Collection[Maker],
         listener: Callable[[Progress], None] | None,
     ) -> None:
@@ -81,6 +84,11 @@ class DatasetRun:
         self._parser = parser
         self._window = max(window, opened.chunk_size)
         self._errors = ErrorWatch(limit, sink.errors)
+        self._cache = cache
+        self._maker = next(iter(makers)) if len(set(makers)) == 1 else None
+        """The one model that the workers have, if they have one."""
+        self._found: dict[int, GenerationResult] = {}
+        """Rows that are ready, from the cache."""
         self._in_order = InOrder(self._is_written) if ordered else None
         self._makers = sink.makers
         """Models that made rows of the output."""
@@ -92,6 +100,7 @@ class DatasetRun:
             queue=opened.queue,
             chunk_size=opened.chunk_size,
             submitted=opened.submitted,
+            fingerprint=opened.fingerprint,
             done=Bitmap(),  # which rows are done is decided here, with the output file
             job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
         )
@@ -142,6 +151,16 @@ class DatasetRun:
             raise self._broken
         return self.summary
 
+    @property
+    def total(self) -> int:
+        """How many rows the input has; once `run` has ended."""
+        return self._total or 0
+
+    @property
+    def made_by(self) -> set[Maker]:
+        """The models that made rows of the output."""
+        return self._makers
+
     async def _count(self) -> None:
         self._counted = await asyncio.to_thread(_count_rows, self._input.chosen)
 
@@ -164,16 +183,38 @@ class DatasetRun:
         """Send the next row, unless its text is there already."""
         row = self._parser.parse(record)
         self._numbers.note(row)
-        if row.number in self._sink:
-            if self._sink.has_other(row.number, row.fingerprint):
-                raise other_row(self._sink, row.number, row.columns)
+        if row.row in self._sink:
+            if self._sink.has_other(row.row, row.fingerprint):
+                raise other_row(self._sink, row.row, row.columns)
             self._chunks.skip(row.index)
         elif (raw := self._early.pop(row.index, None)) is not None:
             self._chunks.skip(row.index)
             self._ready.append((row, raw))
             subscription.poke()
+        elif (found := self._cached(row)) is not None:
+            # these come faster than they are written
+            while len(self._ready) + self._num_held >= self._window:
+                await self._wait_for_writing()
+            self._chunks.skip(row.index)
+            self._found[row.index] = found
+            self._ready.append((row, b""))
+            subscription.poke()
         else:
             await self._submit(row)
+
+    def _cached(self, row: Row) -> GenerationResult | None:
+        """What the model made of it before."""
+        if self._cache is None or self._maker is None:
+            return None
+        if not isinstance(row.request, GenerationRequest):
+            return None
+        found = self._cache.find(row.request, self._maker)
+        return found and found.model_copy(update={"run": self._opened.run, "index": row.index})
+
+    async def _wait_for_writing(self) -> None:
+        await self._chunks.flush()  # among what is asked for may be what the others wait for
+        self._room.clear()
+        await self._room.wait()
 
     async def _batches(self) -> AsyncGenerator[list[Record], None]:
         """Those that can be read: what is damaged further on costs none of the rows before it."""
@@ -208,11 +249,8 @@ class DatasetRun:
             await self._chunks.put(row.index, row.request, row.as_json)
 
     async def _wait_for_room(self) -> None:
-        if self._outstanding + self._opened.chunk_size > self._window:
-            await self._chunks.flush()
         while self._outstanding + self._opened.chunk_size > self._window:
-            self._room.clear()
-            await self._room.wait()
+            await self._wait_for_writing()
 
     async def _reopen_lost(self, first: int) -> None:
         """Rows that were answered, but the answer is neither in the stream nor in the output.
@@ -298,15 +336,20 @@ class DatasetRun:
         return self._total is None and index < self._opened.submitted + self._window
 
     async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
-        rows = []
+        rows, made_now = [], []
         for row, raw in answered:
-            result = parse_result(self._opened.run, row.index, raw)
+            cached = self._found.pop(row.index, None)
+            result = cached or parse_result(self._opened.run, row.index, raw)
             self._check_maker(result)
-            self.summary.add(result)
+            self.summary.add(result, is_cached=cached is not None)
+            if cached is None and isinstance(row.request, GenerationRequest):
+                made_now.append((row.request, result))
             self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
-            made = output_row(row.columns, result, row.fingerprint, row.number, row.answers)
-            rows.append(MadeRow(row.number, row.fingerprint, made))
+            made = output_row(row.columns, result, row.fingerprint, row.row, row.answers)
+            rows.append(MadeRow(row.row, row.fingerprint, made, row.number, row.raw))
         await asyncio.to_thread(self._sink.append, rows)
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.keep, made_now)
         self._tell()
         self._check_errors()
 
@@ -356,6 +399,8 @@ class DatasetRun:
 
 def _count_rows(source: RowSource) -> int | None:
     """How many rows there will be; None if it can't be read, which its reader will say."""
+    if source.waits:  # it would come over the network once more
+        return None
     try:
         return source.count()
     except DatasetError:

@@ -71,7 +71,9 @@ def other_row(sink: RowSink, index: int, columns: Mapping[str, object]) -> Datas
     :param columns: those that would come back now
     """
     written = sink.find(index)
-    if written is None or not written.fingerprint:
+    if written is not None and not written.has_input:
+        what = "was made with other options or columns"
+    elif written is None or not written.fingerprint:
         what = "doesn't say what it was made of (it has no 'fingerprint')"
     else:
         what = _difference(columns, written.columns)

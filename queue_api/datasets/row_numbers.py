@@ -29,7 +29,7 @@ class RowNumbers:
     def note(self, row: Row) -> None:
         """Remember a row that was read."""
         if self._known is self._read and not self.is_all:
-            self._read.append(row.number)
+            self._read.append(row.row)
 
     def of(self, index: int) -> int | None:
         """The number of a request's row; None if it isn't known."""

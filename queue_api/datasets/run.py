@@ -14,9 +14,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from queue_api.client.client import Client
+from queue_api.datasets.certificate import contradiction, write_certificate
 from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.dataset_input import DatasetInput
@@ -24,10 +26,14 @@ from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.maker import Maker
-from queue_api.datasets.formats.opening import open_sink, open_source
+from queue_api.datasets.formats.opening import Inputs, open_source
+from queue_api.datasets.formats.output_opening import open_sink
+from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.shown_columns import shown_columns
+from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import changed_rows, check_chosen, check_makers
 from queue_api.datasets.row_numbers import chosen_rows
 from queue_api.datasets.row_selection import RowSelection
@@ -44,6 +50,9 @@ from queue_api.wire.errors import (
     RedisAuthError,
 )
 from queue_api.wire.schemas import GenerationRequest, SamplingParams
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = [
     "DEFAULT_WINDOW",
@@ -88,24 +97,32 @@ class Dataset:
         chunk_size: int | None = None,
         window: int = DEFAULT_WINDOW,
         max_errors: ErrorLimit | int | str | None = None,
+        cache: Path | str | None = None,
+        cache_scope: str = "",
         on_progress: Callable[[Progress], None] | None = None,
     ) -> RunSummary:
         """Ask for what isn't written yet, and write it; as run_dataset."""
         self.keeps_empty = True
         queue = queue or client.settings.queue
+        kept = None if cache is None else ResponseCache(cache, cache_scope)
         ask = partial(
             Dataset._ask,
             client=client,
             queue=queue,
             chunk_size=chunk_size,
             window=window,
+            kept=kept,
             listener=on_progress,
         )
         limit = ErrorLimit.of(max_errors)
-        if self.layout.turns_column is None:
-            return await ask(self, limit=limit)
-        await self._drop_other_models(await _models(client, queue))
-        return await self._ask_in_turns(ask, limit)
+        try:
+            if self.layout.turns_column is None:
+                return await ask(self, limit=limit)
+            await self._drop_other_models(await _models(client, queue))
+            return await self._ask_in_turns(ask, limit)
+        finally:
+            if kept is not None:
+                kept.close()
 
     async def _ask(
         self,
@@ -114,6 +131,7 @@ class Dataset:
         queue: str,
         chunk_size: int | None,
         window: int,
+        kept: ResponseCache | None,
         listener: Callable[[Progress], None] | None,
         limit: ErrorLimit | None = None,
     ) -> RunSummary:
@@ -129,10 +147,30 @@ class Dataset:
             window=window,
             limit=limit,
             ordered=self.ordered,
+            cache=kept,
             makers=makers,
             listener=listener,
         )
-        return await work.run()
+        summary = await work.run()
+        if self.turn is None or self.turn.number == self.turn.total:
+            await asyncio.to_thread(self._finish, work)
+        return summary
+
+    def _finish(self, work: DatasetRun) -> None:
+        """Bring the output into its last form, and say beside it what it is."""
+        sink = self.sink
+        sink.finish()
+        # one that is there and of this output stays: what changed since is to be found out
+        if sink.is_durable and (sink.has_changed or not sink.certificate.exists()):
+            options = (self.defaults or SamplingParams()).model_dump(
+                mode="json", exclude_unset=True
+            )
+            said = {"run": self.run_id, "input": self.data.source.name, "sampling": options}
+            try:
+                write_certificate(sink, work.total, work.made_by, said)
+            except DatasetError as error:
+                # each row is on disk; that isn't undone by a folder where nothing may be made
+                self.warn(f"the output is complete and has no certificate: {error}")
 
     async def _ask_in_turns(
         self, ask: Callable[..., Awaitable[RunSummary]], limit: ErrorLimit | None
@@ -194,18 +232,20 @@ class Dataset:
 
 @asynccontextmanager
 async def open_dataset(
-    input: Path | str,  # noqa: A002 - as on the command line
+    input: Inputs,  # noqa: A002 - as on the command line
     output: Path | str,
     *,
     defaults: SamplingParams | None = None,
     run: str | None = None,
     model: str = "",
+    format: str | None = None,  # noqa: A002
     fields: Collection[str] | None = None,
     layout: Layout | None = None,
     selection: RowSelection | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
     ordered: bool = False,
+    outputs: OutputOptions | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Dataset, None]:
     """Look at both files, before anything else is started; the parameters are run_dataset's.
@@ -220,13 +260,16 @@ async def open_dataset(
     if ordered and selection is not None and selection.shuffle:
         raise ConfigurationError("--ordered is the input's order, --shuffle another: give one")
     _check_defaults(defaults)
-    data = DatasetInput(input, selection)
+    data = DatasetInput(input, format=format, output=output, selection=selection)
     source = data.source
     try:
+        outputs, warn = outputs or OutputOptions(), warn or logger.warning
         _check_apart(source, output)
         if layout.turns_column is not None:
             _check_turns(source, output)
-        sink = open_sink(output)
+        if errors := outputs.errors_of(output):
+            _check_apart(source, errors)
+        sink = open_sink(output, outputs, schema=partial(_schema_of, source, layout), warn=warn)
         mark = _fingerprint(data.chosen, output, defaults, model, layout)
         dataset = Dataset(
             data,
@@ -236,16 +279,18 @@ async def open_dataset(
             defaults,
             names,
             layout,
-            warn or logger.warning,
+            warn,
             redo_changed,
             ordered,
             retry_errors,
         )
         try:
             if source.is_same_file(sink.info()):
-                raise DatasetError(f"{input} can't be both input and output")
+                raise DatasetError(f"{source.name} can't be both input and output")
             # scripts read the output whatever the run ended with: of a wrong input it is empty
             dataset.keeps_empty = True
+            if told := contradiction(sink):
+                warn(told)
             await data.look(defaults, names, layout)
             await _prepare(dataset, retry_errors=retry_errors)
             dataset.keeps_empty = False
@@ -258,7 +303,7 @@ async def open_dataset(
 
 async def run_dataset(
     client: Client,
-    input: Path | str,  # noqa: A002 - as on the command line
+    input: Inputs,  # noqa: A002 - as on the command line
     output: Path | str,
     *,
     defaults: SamplingParams | None = None,
@@ -266,6 +311,7 @@ async def run_dataset(
     queue: str | None = None,
     chunk_size: int | None = None,
     window: int = DEFAULT_WINDOW,
+    format: str | None = None,  # noqa: A002
     fields: Collection[str] | None = None,
     layout: Layout | None = None,
     selection: RowSelection | None = None,
@@ -273,15 +319,20 @@ async def run_dataset(
     redo_changed: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
     ordered: bool = False,
+    cache: Path | str | None = None,
+    cache_scope: str = "",
+    outputs: OutputOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
-    """Generate for each row of a JSON Lines file and append it, answered, to another.
+    """Generate for each row of a file, or of several, and append it, answered, to another.
 
     Doing it again with the same input, output and defaults after any crash goes on where it
     stopped. At most `window` requests are in Redis at a time. A row that is wrong becomes a row
-    with an `error`. `-` is stdin or stdout. The columns are in docs/datasets.md.
+    with an `error`. `-` is stdin or stdout. Formats and columns are in docs/datasets.md.
 
+    :param input: files, patterns, folders, addresses that fsspec knows, or, alone, a pipe
+    :param format: what the input is in, such as `"txt"`; None: its content tells
     :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
         and `messages`; all others come back untouched. None: all that have the name of a field
     :param layout: where in a row its prompt is, if not in `prompt` or `messages`
@@ -292,6 +343,10 @@ async def run_dataset(
         last thousand, `"5%"`
     :param ordered: write rows in the order of the input; those that are answered before their turn
         are held, `window` at most
+    :param cache: a folder of results of earlier runs: what the same model was asked before isn't
+        asked again
+    :param cache_scope: names the workers' settings that texts depend on, if they vary
+    :param outputs: the output's format, if not that of its name, and a file for errors
     :raises DatasetError: a file can't be used, no row of it can be read, or the output belongs to
         another input, other defaults or another model
     :raises InvalidRequestError: the run id belongs to another input or other defaults
@@ -302,12 +357,14 @@ async def run_dataset(
         output,
         defaults=defaults,
         run=run,
+        format=format,
         fields=fields,
         layout=layout,
         selection=selection,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
         ordered=ordered,
+        outputs=outputs,
         warn=warn,
     )
     async with opened as dataset:
@@ -317,12 +374,14 @@ async def run_dataset(
             chunk_size=chunk_size,
             window=window,
             max_errors=max_errors,
+            cache=cache,
+            cache_scope=cache_scope,
             on_progress=on_progress,
         )
 
 
 def dataset_run_id(
-    input: Path | str,  # noqa: A002
+    input: Inputs,  # noqa: A002
     output: Path | str,
     defaults: SamplingParams | None = None,
 ) -> str:
@@ -330,7 +389,7 @@ def dataset_run_id(
 
     :raises DatasetError: the input can't be read
     """
-    source = open_source(input)
+    source = open_source(input, output=output)
     try:
         return run_id_of(source, output, defaults)
     finally:
@@ -375,6 +434,17 @@ def _fingerprint(
 def _check_defaults(defaults: SamplingParams | None) -> None:
     if defaults is not None:
         request_json(GenerationRequest(id="defaults", prompt="x", sampling=defaults))
+
+
+def _schema_of(source: RowSource, layout: Layout) -> pyarrow.Schema | None:
+    """The types of the columns that come back, under the names that they come back under."""
+    schema = source.schema()
+    if schema is None or layout == Layout():
+        return schema
+    import pyarrow as pa
+
+    columns = shown_columns({field.name: field for field in schema}, layout)
+    return pa.schema([field.with_name(name) for name, field in columns.items()])
 
 
 def _check_turns(source: RowSource, output: Path | str) -> None:
@@ -491,6 +561,7 @@ async def _open(
         run=run,
         queue=there["queue"],
         chunk_size=int(there["chunk_size"]),
+        fingerprint=mark,
         submitted=int(there.get("submitted", 0)),
         done=done,
         waiting=waiting,

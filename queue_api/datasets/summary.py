@@ -76,6 +76,8 @@ class RunSummary:
     """Of the rows written before; they stand until they are asked for again."""
     first_error: str = ""
     """Of those of this process's time."""
+    cached: int = 0
+    """Of the rows written now: their texts were in the cache."""
     cancelled: int = 0
     ended_by_length: int = 0
     """Texts that reached max_tokens, or the model's length."""
@@ -101,12 +103,18 @@ class RunSummary:
         """What to say if more of all rows have errors than that; else nothing."""
         return limit.exceeded(self.errors + self.errors_before, self.rows + self.resumed)
 
-    def add(self, result: GenerationResult) -> None:
-        """Count one result."""
+    def add(self, result: GenerationResult, *, is_cached: bool = False) -> None:
+        """Count one result.
+
+        :param is_cached: it was made by an earlier run, whose tokens and times it has
+        """
         self.rows += 1
+        self.cached += is_cached
         self.errors += result.finish_reason is FinishReason.ERROR
         self.cancelled += result.finish_reason is FinishReason.CANCELLED
         self.ended_by_length += result.finish_reason is FinishReason.LENGTH
+        if is_cached:
+            return
         self.prompt_tokens += result.prompt_tokens
         self.completion_tokens += result.completion_tokens
         if result.error is not None and not self.first_error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import redis
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.serializers import JSONSerializer
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.jobs import GenerateJob, chunk_job_id, single_job_id
 from queue_api.store.run_store import CANCELLED, LEFT_TO_RQ, RunStore
@@ -16,6 +19,8 @@ from queue_api.store.undone import pages, request_ids
 from queue_api.wire.schemas import ErrorDetail, FinishReason, GenerationResult
 
 __all__ = ["cancel_requests"]
+
+logger = logging.getLogger(__name__)
 
 REQUESTS_AT_ONCE = 1024
 """Bounds memory, and how long an event loop is kept from its other work."""
@@ -90,3 +95,8 @@ def _cancel_jobs(store: RunStore, job_ids: Sequence[str]) -> None:
             store.rq_connection.expire(job.key, store.settings.job_ttl_s)
         except (NoSuchJobError, InvalidJobOperation):
             continue
+        except redis.ResponseError as error:
+            # somebody's key of another type where RQ has its own: this job runs on, its results are
+            # in already
+            raise_unless_key([error])
+            logger.warning("job %s can't be cancelled: %s", job_id, error)

@@ -16,15 +16,17 @@ from queue_api.store.jobs import (
     BATCH_SIZE_FIELD,
     GENERATE,
     MAX_RETRIES_FIELD,
+    RUN_FINGERPRINT_FIELD,
     GenerateJob,
     GenerateQueue,
     chunk_payload,
 )
 from queue_api.store.keys import failed_key
+from queue_api.wire.errors import JobKeyTakenError
 
-__all__ = ["ENQUEUED", "QUEUE_FULL", "EnqueueCall", "JobTemplate"]
+__all__ = ["ENQUEUED", "KEY_TAKEN", "QUEUE_FULL", "EnqueueCall", "JobTemplate", "key_taken"]
 
-ENQUEUED, ALREADY_ALIVE, QUEUE_FULL = 1, 0, -1
+ENQUEUED, ALREADY_ALIVE, QUEUE_FULL, KEY_TAKEN = 1, 0, -1, -2
 """What enqueue.lua returns."""
 
 
@@ -33,6 +35,16 @@ class EnqueueCall(NamedTuple):
 
     keys: list[str]
     args: list[Any]
+    items: Sequence[tuple[int, bytes]]
+    """What the job holds: (index in the run, request as JSON)."""
+
+
+def key_taken(call: EnqueueCall) -> JobKeyTakenError:
+    """What is to be said of each request of a job that Redis has no place for."""
+    return JobKeyTakenError(
+        f"Redis holds somebody's key of another type as {call.keys[0]!r}, where the request's job "
+        "would be; remove or rename that key, then submit the request again"
+    )
 
 
 class JobTemplate:
@@ -68,10 +80,12 @@ class JobTemplate:
         items: Sequence[tuple[int, bytes]],
         *,
         at_front: bool = False,
+        fingerprint: str = "",
     ) -> EnqueueCall:
         """Enqueue these requests of the run as the job of that id.
 
         :param items: (index in the run, request as JSON)
+        :param fingerprint: tells the run from others that had its name before
         """
         time = utcformat(now())
         payload = chunk_payload(run, items)
@@ -83,6 +97,8 @@ class JobTemplate:
             "description": f"{GENERATE} {run} {items[0][0]}-{items[-1][0]}",
             BATCH_SIZE_FIELD: len(items),
         }
+        if fingerprint:
+            fields[RUN_FINGERPRINT_FIELD] = fingerprint
         keys = [
             GenerateJob.key_for(job_id),
             self.queue.key,
@@ -90,6 +106,7 @@ class JobTemplate:
             failed_key(self.queue.name),
         ]
         args: list[Any] = [job_id, "LPUSH" if at_front else "RPUSH", self._limit]
+        args.append(fingerprint)
         for field, value in fields.items():
             args += (field, value)
-        return EnqueueCall(keys, args)
+        return EnqueueCall(keys, args, items)

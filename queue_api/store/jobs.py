@@ -59,6 +59,8 @@ MAX_MARKS = ((b"[{", 2**20), (b",", 6 * 2**20), (b'"', 4 * 2**20))
 """How often these may stand in a job's JSON, in its texts or between its values: some 60 KiB can
 unpack to so many values that nothing else is done for seconds while they are read."""
 MAX_REQUESTS_PER_JOB = 1024
+RUN_FINGERPRINT_FIELD = "run_fingerprint"
+"""Extra field: that of the run it was made for; another run may have its name by now."""
 _REQUESTS = TypeAdapter(list[GenerationRequest])
 
 

@@ -12,10 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import redis
 from rq.exceptions import NoSuchJobError
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.jobs import GenerateJob, chunk_job_id, single_job_id
 from queue_api.store.run_store import RunStore
 from queue_api.store.runs import RunStatus
@@ -205,6 +207,9 @@ class Reconciler:
             latest = job.latest_result()
         except NoSuchJobError:
             return ""
+        except redis.ResponseError as error:
+            raise_unless_key([error])
+            return ""  # somebody's key of another type
         lines = ((latest and latest.exc_string) or "").strip().splitlines()
         return f"job {job_id} failed: {lines[-1][:1000]}" if lines else ""
 

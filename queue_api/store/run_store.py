@@ -14,7 +14,13 @@ import redis.asyncio as aredis
 from pydantic import ValidationError
 
 from queue_api.connection.connect import check_server, connect, connect_async
-from queue_api.connection.failures import REDIS_ERRORS, friendly, is_answer, is_passing
+from queue_api.connection.failures import (
+    REDIS_ERRORS,
+    friendly,
+    is_answer,
+    is_passing,
+    raise_unless_key,
+)
 from queue_api.connection.settings import QueueSettings
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.enqueue import EnqueueCall, JobTemplate
@@ -36,7 +42,7 @@ from queue_api.store.keys import (
 from queue_api.store.owner import Owner
 from queue_api.store.runs import UNKNOWN_TOTAL, RunStatus, check_run_id, emit_args
 from queue_api.store.scripts import ScriptCall, Scripts, load_scripts
-from queue_api.wire.errors import RedisAccessError, RunNotFoundError
+from queue_api.wire.errors import InvalidRequestError, RedisAccessError, RunNotFoundError
 from queue_api.wire.schemas import ErrorDetail, GenerationResult, describe
 
 __all__ = [
@@ -159,9 +165,19 @@ class RunStore:
         return await self.call(lambda: self._scripts.call(script))
 
     async def open(self, run: str, *, queue: str, **fields: str | int) -> dict[str, str]:
-        """Create the run with these fields, or leave what is there; returns what is there."""
+        """Create the run with these fields, or leave what is there; returns what is there.
+
+        :raises InvalidRequestError: it is there, on another queue: no worker of this one, which may
+            have another model, would ever see it
+        """
         made = {"queue": queue, "created_at": str(time.time()), "total": UNKNOWN_TOTAL, **fields}
-        return await self._fields(check_run_id(run), "make", made)
+        there = await self._fields(check_run_id(run), "make", made)
+        if there["queue"] != queue:
+            raise InvalidRequestError(
+                f"run {run!r} is on queue {there['queue']!r}, not on {queue!r}: go on with it "
+                "there, or choose another run id"
+            )
+        return there
 
     async def add(self, run: str, **fields: str | int) -> dict[str, str]:
         """Write fields that the run's hash doesn't have yet; returns what is there.
@@ -319,7 +335,9 @@ class RunStore:
             async with self.redis.pipeline(transaction=False) as pipe:
                 for name in names:
                     pipe.hmget(name, [MODEL_FIELD, "death"])
-                return await pipe.execute()
+                replies = await pipe.execute(raise_on_error=False)
+            raise_unless_key(replies)
+            return [reply for reply in replies if not isinstance(reply, Exception)]
 
         told = [model for model, death in await self.call(talk) if model and death is None]
         parts = (model.decode(errors="replace").partition("\n") for model in told)
@@ -340,7 +358,11 @@ class RunStore:
                 async with self.redis.pipeline(transaction=False) as pipe:
                     for key in page:
                         pipe.hmget(key, fields)
-                    return await pipe.execute()
+                    replies = await pipe.execute(raise_on_error=False)
+                raise_unless_key(replies)
+                # somebody's key of another type is no job
+                none: list[bytes | None] = [None] * len(fields)
+                return [none if isinstance(reply, Exception) else reply for reply in replies]
 
             found += await self.call(talk)
         return found

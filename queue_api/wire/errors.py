@@ -13,6 +13,7 @@
     * MaxTokensTooLargeError
     * DuplicateRequestError
     * RequestTooLargeError
+    * JobKeyTakenError
     * RequestOutOfMemoryError
   * RedisAccessError: the Redis server can't be used
     * RedisUnavailableError
@@ -40,6 +41,7 @@ __all__ = [
     "EngineError",
     "GenerationFailedError",
     "InvalidRequestError",
+    "JobKeyTakenError",
     "MaxTokensTooLargeError",
     "MissingExtraError",
     "ModelNotFoundError",
@@ -124,6 +126,12 @@ class RequestTooLargeError(RequestError):
     """The prompt or metadata exceeds the size that one request may have."""
 
     code = "request_too_large"
+
+
+class JobKeyTakenError(RequestError):
+    """Where the request's job would be in Redis stands somebody's key of another type."""
+
+    code = "job_key_taken"
 
 
 class RequestOutOfMemoryError(RequestError):

@@ -46,6 +46,10 @@ class Answerer:
         self.connection = connection
         self._emit = connection.register_script(load_script("emit"))
 
+    def text_of(self, request: GenerationRequest) -> str:
+        """The answer to a request."""
+        return f"answer to {_asked(request)}"
+
     def answer(self, jobs: int = 2**30, queue: str = "batchmill") -> int:
         """Answer so many jobs, or all there are; returns how many requests that were."""
         answered = 0
@@ -64,7 +68,7 @@ class Answerer:
                         id=request.id,
                         run=chunk.run,
                         index=index,
-                        text=f"answer to {_asked(request)}",
+                        text=self.text_of(request),
                         finish_reason=FinishReason.STOP,
                         prompt_tokens=2,
                         completion_tokens=3,

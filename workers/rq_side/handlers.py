@@ -21,7 +21,12 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.utils import current_timestamp, now
 from rq.worker.base import BaseWorker
 
-from queue_api.connection.failures import REDIS_ERRORS, Failure, failure_of
+from queue_api.connection.failures import (
+    REDIS_ERRORS,
+    Failure,
+    failure_of,
+    raise_unless_key,
+)
 from queue_api.store.jobs import GenerateJob
 from workers.leases import Lease
 from workers.rq_side.splitting import split_off
@@ -63,7 +68,9 @@ class RQHandlers:
         because: Because,
     ) -> None:
         """Give requests of a chunk jobs of their own; see split_off."""
-        if self._held(lease) is not None:
+        if self._held(lease) is None:
+            return
+        with self._burying(lease):
             split_off(
                 self._connection,
                 self._queue(lease),
@@ -127,18 +134,20 @@ class RQHandlers:
     def _bury(self, lease: Lease, reason: str) -> None:
         """Make a job failed that RQ's handlers can't cope with."""
         execution = self._execution(lease)
+        is_job = self._connection.type(GenerateJob.key_for(lease.job_id)) in (b"hash", b"none")
         with self._connection.pipeline() as pipeline:
             pipeline.zrem(_registry_key(lease), lease.composite)
             pipeline.delete(execution.key)
             pipeline.srem(execution.worker_executions_key, lease.composite)
-            pipeline.hset(
-                GenerateJob.key_for(lease.job_id),
-                mapping={"status": JobStatus.FAILED.value, "exc_info": reason},
-            )
-            pipeline.expire(GenerateJob.key_for(lease.job_id), DEFAULT_FAILURE_TTL)
-            failed = FailedJobRegistry.key_template.format(lease.queue)
-            pipeline.zadd(failed, {lease.job_id: current_timestamp() + DEFAULT_FAILURE_TTL})
-            pipeline.execute()
+            if is_job:  # else it is somebody's key of another type, which stays as it is
+                pipeline.hset(
+                    GenerateJob.key_for(lease.job_id),
+                    mapping={"status": JobStatus.FAILED.value, "exc_info": reason},
+                )
+                pipeline.expire(GenerateJob.key_for(lease.job_id), DEFAULT_FAILURE_TTL)
+                failed = FailedJobRegistry.key_template.format(lease.queue)
+                pipeline.zadd(failed, {lease.job_id: current_timestamp() + DEFAULT_FAILURE_TTL})
+            raise_unless_key(pipeline.execute(raise_on_error=False))
 
     def _queue(self, lease: Lease) -> Queue:
         return next(queue for queue in self._worker.queues if queue.name == lease.queue)

@@ -18,7 +18,7 @@ from queue_api.wire.errors import InvalidRequestError
 from queue_api.wire.schemas import ErrorDetail, GenerationResult
 from workers.leases import Lease
 from workers.rq_side.handlers import RQHandlers
-from workers.running.outcomes import request_id
+from workers.running.outcomes import request_id, request_metadata
 from workers.scripts import load_worker_script
 
 __all__ = ["Reclaimer"]
@@ -108,6 +108,7 @@ class Reclaimer:
                 run=chunk.run,
                 index=index,
                 attempt=lease.attempt,
+                metadata=request_metadata(item),
             )
             for index, item in chunk.items
         ]

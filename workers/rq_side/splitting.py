@@ -15,6 +15,7 @@ from rq.job import Job, JobStatus
 from rq.job_lifecycle import record_job_failure
 from rq.queue import Queue
 
+from queue_api.connection.failures import raise_unless_key
 from queue_api.store.jobs import (
     BATCH_SIZE_FIELD,
     GENERATE,
@@ -47,10 +48,10 @@ def split_off(
     """
     parent = GenerateJob.fetch(lease.job_id, connection, queue.serializer)
     ids = {index: single_job_id(run, index) for index in requests}
-    alive = _alive(connection, list(ids.values()))
+    unfree = _unfree(connection, list(ids.values()))
     with connection.pipeline() as pipeline:
         for index, (request, reason) in requests.items():
-            if ids[index] in alive:
+            if ids[index] in unfree:
                 continue
             single = _single(parent, ids[index], {"run": run, "requests": [[index, request]]})
             single.origin = lease.queue
@@ -67,15 +68,21 @@ def split_off(
     logger.info("job %s: %d requests split off: %s", lease.job_id, len(ids), because.value)
 
 
-def _alive(connection: redis.Redis, job_ids: Sequence[str]) -> set[str]:
+def _unfree(connection: redis.Redis, job_ids: Sequence[str]) -> set[str]:
+    """Those that are alive already, or whose key is somebody's of another type: nobody runs their
+    requests, which whoever reads the run will find without a job."""
     pipeline: Pipeline = connection.pipeline(transaction=False)
     for job_id in job_ids:
         pipeline.hget(GenerateJob.key_for(job_id), "status")
-    return {
-        job_id
-        for job_id, status in zip(job_ids, pipeline.execute(), strict=True)
-        if status in ALIVE
-    }
+    statuses = pipeline.execute(raise_on_error=False)
+    raise_unless_key(statuses)
+    found = set()
+    for job_id, status in zip(job_ids, statuses, strict=True):
+        if isinstance(status, Exception):
+            logger.error("job %s can't be made: %s", job_id, status)
+        if isinstance(status, Exception) or status in ALIVE:
+            found.add(job_id)
+    return found
 
 
 def _single(parent: Job, job_id: str, kwargs: dict[str, object]) -> Job:

@@ -84,7 +84,8 @@ class EchoEngine:
         marked: str = "",
         on_marked: str = "raise",
     ) -> None:
-        self.model_name = "echo"
+        # an echo of another length is another model: its texts are others
+        self.model_name = "echo" if tokens == 1 else f"{ECHO_PREFIX}tokens={tokens}"
         self._tokens = tokens
         self._step_s = step_s
         self._max_num_seqs = max_num_seqs

@@ -17,6 +17,7 @@ __all__ = [
     "Outcome",
     "TimeLimit",
     "request_id",
+    "request_metadata",
     "time_limit",
     "timings_of",
 ]
@@ -167,3 +168,9 @@ def request_id(item: object, fallback: str) -> str:
     if isinstance(item, Mapping) and isinstance(given := item.get("id"), str) and given:
         return given[:MAX_ID_CHARS].encode(errors="backslashreplace").decode()
     return fallback
+
+
+def request_metadata(item: object) -> dict[str, object]:
+    """What a request that isn't parsed wants back in its result."""
+    given = item.get("metadata") if isinstance(item, Mapping) else None
+    return dict(given) if isinstance(given, Mapping) else {}

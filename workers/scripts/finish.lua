@@ -11,6 +11,8 @@
 -- Returns 1 finished, 0 lease lost, 2 left alone: RQ's own handler has to do it, because jobs
 -- depend on each other, it repeats, or it holds a slot of a rate limit or a place in a group.
 -- 3 left alone: results that were written are gone, lost in a crash of Redis; do them again.
+-- pcall, below: where somebody's key of another type stands in a place of RQ's, the job ends all the
+-- same, and that key stays as it is.
 local id, execution, iso = ARGV[1], ARGV[2], ARGV[3]
 local composite = id .. ':' .. execution
 if not redis.call('ZSCORE', KEYS[2], composite) or redis.call('EXISTS', KEYS[1]) == 0 then
@@ -43,24 +45,30 @@ local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 redis.call('ZREM', KEYS[2], composite)
 redis.call('DEL', KEYS[3])
-redis.call('ZREM', KEYS[4], execution)
-redis.call('SREM', KEYS[6], composite)
-redis.call('HINCRBY', KEYS[5], 'successful_job_count', 1)
-redis.call('HINCRBYFLOAT', KEYS[5], 'total_working_time', string.format('%.6f', math.max(0, now - ARGV[6])))
+redis.pcall('ZREM', KEYS[4], execution)
+redis.pcall('SREM', KEYS[6], composite)
+redis.pcall('HINCRBY', KEYS[5], 'successful_job_count', 1)
+redis.pcall('HINCRBYFLOAT', KEYS[5], 'total_working_time', string.format('%.6f', math.max(0, now - ARGV[6])))
 if ttl == 0 then
-  redis.call('DEL', KEYS[1], KEYS[7])
+  redis.call('DEL', KEYS[1])
+  if redis.call('TYPE', KEYS[7]).ok == 'stream' then
+    redis.call('DEL', KEYS[7])
+  end
   return 1
 end
 redis.call('HSET', KEYS[1], 'status', 'finished', 'ended_at', iso, 'last_heartbeat', iso)
-redis.call('XADD', KEYS[7], 'MAXLEN', '~', 10, '*', 'type', 1, 'worker_name', ARGV[4],
+local added = redis.pcall('XADD', KEYS[7], 'MAXLEN', '~', 10, '*', 'type', 1, 'worker_name', ARGV[4],
   'return_value', ARGV[5], 'execution_id', execution, 'execution_started_at', ARGV[6],
   'execution_ended_at', string.format('%.6f', now))
 if ttl > 0 then
   redis.call('EXPIRE', KEYS[1], ttl)
-  redis.call('EXPIRE', KEYS[7], ttl)
-  redis.call('ZADD', KEYS[8], math.floor(now) + ttl, id)
+  redis.pcall('ZADD', KEYS[8], math.floor(now) + ttl, id)
 else
+  redis.pcall('ZADD', KEYS[8], '+inf', id)
+end
+if type(added) == 'string' and ttl > 0 then
+  redis.call('EXPIRE', KEYS[7], ttl)
+elseif type(added) == 'string' then
   redis.call('PERSIST', KEYS[7])
-  redis.call('ZADD', KEYS[8], '+inf', id)
 end
 return 1

@@ -29,8 +29,9 @@ for i = 6, #ARGV, 3 do
     redis.call('ZADD', registry, 'XX', now + lease, composite)
     redis.call('HSET', prefix .. ':execution:' .. composite, 'last_heartbeat', stamp)
     redis.call('EXPIRE', prefix .. ':execution:' .. composite, lease + 60)
-    redis.pcall('ZADD', executions, 'XX', now + lease + 60, execution)
-    redis.call('EXPIRE', executions, lease + 60)
+    if type(redis.pcall('ZADD', executions, 'XX', now + lease + 60, execution)) == 'number' then
+      redis.call('EXPIRE', executions, lease + 60)
+    end
     redis.call('HSET', job, 'last_heartbeat', iso)
   else
     redis.pcall('ZREM', registry, composite)

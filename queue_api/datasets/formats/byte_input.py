@@ -22,6 +22,7 @@ __all__ = [
     "ByteInput",
     "FileInput",
     "PipeInput",
+    "Window",
     "open_bytes",
     "spooled",
 ]
@@ -118,7 +119,7 @@ class FileInput(_Descriptor):
             yield block
 
     def file(self) -> BinaryIO:
-        return io.BufferedReader(_Window(self._fd, self._first), BLOCK_BYTES)
+        return io.BufferedReader(Window(self._fd, self._first), BLOCK_BYTES)
 
     def identity(self) -> list[str]:
         """Path, size, time and parts of the content, for what those don't tell."""
@@ -139,7 +140,7 @@ class FileInput(_Descriptor):
             raise self._unreadable(error) from None
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A file from a place in it on, by a descriptor that others read, too."""
 
     def __init__(self, fd: int, first: int) -> None:

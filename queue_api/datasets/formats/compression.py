@@ -106,7 +106,7 @@ class Decompressed(ByteInput):
         super().__init__(packed.name)
         self._packed = packed
         self._kind = kind
-        self.is_repeatable = packed.is_repeatable
+        self.is_repeatable, self.waits = packed.is_repeatable, packed.waits
         packed.before_waiting = self._before_waiting
         self._once: Iterator[bytes] | None = None
         """Of what is read once and has been begun: what comes after `_ahead`."""

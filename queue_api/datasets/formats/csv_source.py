@@ -7,7 +7,9 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from queue_api.datasets.formats.compression import name_inside
 from queue_api.datasets.formats.field_cells import FieldReader
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
@@ -18,6 +20,7 @@ from queue_api.wire.errors import DatasetError, InvalidRequestError
 __all__ = ["CsvSource", "TsvSource", "is_table"]
 
 _SEPARATORS = ",\t;|"
+_SEPARATOR_OF = {".tsv": "\t", ".tab": "\t", ".psv": "|"}
 _NAME = re.compile(r"\w([\w .:/()#-]{0,62}[\w.)])?")
 """What the name of a column looks like, where nothing else says that it is one."""
 _ROWS_LOOKED_AT = 5
@@ -66,7 +69,7 @@ class CsvSource(RowSource):
         return header.cells
 
     def _rows(self) -> Iterator[_Row]:
-        separator = self.separator or _separator(start_in_utf8(self.data.start()))
+        separator = self.separator or _separator(start_in_utf8(self.data.start()), self.name)
         # the limit is the process's: it must hold what ours lets through
         csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
         lines = _Lines(self.data.blocks(), self.name)
@@ -152,8 +155,8 @@ class _Lines(Iterator[str]):
     def never_closed(self) -> DatasetError:
         """What to say where a quoted cell has no end."""
         return DatasetError(
-            f"{self._name} has a quote in the row of line {self._first} that isn't closed: the file was "
-            'cut off, or a quote in a cell isn\'t doubled (""); the rows before were read'
+            f"{self._name} has a quote in the row of line {self._first} that isn't closed: the "
+            'file was cut off, or a quote in a cell isn\'t doubled (""); the rows before were read'
         )
 
 
@@ -162,7 +165,7 @@ def is_table(start: bytes) -> bool:
 
     :param start: UTF-8, the last line of which may be cut off
     """
-    rows = _first_rows(start, _separator(start))
+    rows = _first_rows(start, _separator(start, ""))
     if not rows or len(rows[0]) < 2 or len(set(rows[0])) < len(rows[0]):
         return False
     is_header = all(
@@ -171,13 +174,16 @@ def is_table(start: bytes) -> bool:
     return is_header and all(len(row) == len(rows[0]) for row in rows[1:])
 
 
-def _separator(start: bytes) -> str:
-    """What parts the most cells in the first row, so that the next rows have as many."""
+def _separator(start: bytes, name: str) -> str:
+    """That of the name, if it parts the first row; else what parts the most cells in it, so that
+    the next rows have as many."""
+    named = _SEPARATOR_OF.get(Path(name_inside(name)).suffix.lower())
 
-    def worth(separator: str) -> tuple[bool, int]:
+    def worth(separator: str) -> tuple[bool, bool, int]:
         rows = _first_rows(start, separator)
         num_cells = len(rows[0]) if rows else 0
-        return num_cells > 1 and all(len(row) == num_cells for row in rows[1:]), num_cells
+        is_even = num_cells > 1 and all(len(row) == num_cells for row in rows[1:])
+        return num_cells > 1 and separator == named, is_even, num_cells
 
     return max(_SEPARATORS, key=worth)
 

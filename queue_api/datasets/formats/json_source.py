@@ -20,6 +20,8 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[\]{},]', re.DOTALL)
 """A string, with its end as group 1, or what gives JSON its structure. A line break, which no
 string may hold, is left to the element's reader: it is met more often than a missing end."""
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("?)', re.DOTALL)
+_ARRAY = re.compile(rb"\s*\[\s*([{\]]|$)")
+"""One of objects: lines of a log begin so, too, and other lists are no rows."""
 _OVER_LINES = re.compile(rb"\s*\{([^\n]*[,{\[])?[ \t]*\r?\n\s*(\"|$)")
 """An object as it is printed over several lines."""
 _QUOTE, _COMMA = ord('"'), ord(",")
@@ -36,7 +38,7 @@ class JsonSource(RowSource):
 
     @classmethod
     def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return start.lstrip().startswith(b"[") or _OVER_LINES.match(start) is not None
+        return _ARRAY.match(start) is not None or _OVER_LINES.match(start) is not None
 
     def records(self) -> Iterator[Record]:
         reader = JsonRecordReader()

@@ -1,36 +1,106 @@
-"""Which format an input or output is in: told by its content first, then by its name."""
+"""Which format an input is in: told by its content first, then by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from queue_api.datasets.formats.arrow_source import ArrowSource
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
 from queue_api.datasets.formats.compression import decompressed, name_inside
-from queue_api.datasets.formats.csv_source import CsvSource
+from queue_api.datasets.formats.csv_source import CsvSource, TsvSource
+from queue_api.datasets.formats.data_files import local_files
+from queue_api.datasets.formats.joined_source import JoinedSource
 from queue_api.datasets.formats.json_source import JsonSource
-from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
+from queue_api.datasets.formats.parquet_source import ParquetSource
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_sink import RowSink
+from queue_api.datasets.formats.remote_input import (
+    RemoteInput,
+    is_address,
+    local_path,
+    remote_files,
+)
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import start_in_utf8
 from queue_api.datasets.formats.text_source import TextSource
+from queue_api.wire.errors import ConfigurationError, DatasetError
 
-__all__ = ["FORMATS", "open_sink", "open_source"]
+__all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "open_source"]
 
-FORMATS: tuple[type[RowSource], ...] = (TextSource, JsonSource, CsvSource)
+FORMATS: tuple[type[RowSource], ...] = (
+    ParquetSource,
+    ArrowSource,
+    TextSource,
+    JsonSource,
+    CsvSource,
+)
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
+_NAMED: dict[str, type[RowSource]] = {
+    "jsonl": JsonLinesSource,
+    "json": JsonSource,
+    "csv": CsvSource,
+    "tsv": TsvSource,
+    "parquet": ParquetSource,
+    "arrow": ArrowSource,
+    "txt": TextSource,
+}
+FORMAT_NAMES = tuple(_NAMED)
+"""What `format` may be."""
+
+Inputs = Path | str | Sequence[Path | str]
+"""Files, patterns in quotes, folders, addresses, or, alone, a pipe or `-`."""
 
 
-def open_source(path: Path | str) -> RowSource:
-    """The rows of a file, a pipe or, as `-`, the standard input.
+def open_source(
+    inputs: Inputs,
+    *,
+    format: str | None = None,  # noqa: A002 - as on the command line
+    output: Path | str = "",
+) -> RowSource:
+    """The rows of files, one after the other, of a pipe or, as `-`, of the standard input.
 
-    :raises DatasetError: it can't be opened
+    :param format: one of FORMAT_NAMES; None: what the content of each is
+    :param output: what is written; where a pattern or folder has it, too, it is left out
+    :raises DatasetError: they can't be opened
+    :raises ConfigurationError: there is no such format
     """
-    data = open_bytes(path)
+    if format is not None and format not in _NAMED:
+        raise ConfigurationError(f"no format {format!r}: there are {', '.join(FORMAT_NAMES)}")
+    given = [inputs] if isinstance(inputs, Path | str) else list(inputs)
+    names = [local_path(str(each)) for each in given]
+    files = [file for name in names for file in _files_of(name, str(output))]
+    if len(files) == 1:
+        return _open_one(files[0], format)
+    if not files:
+        raise DatasetError("no input is given")
+    _check_many(files)
+    return JoinedSource(" ".join(names), files, lambda file: _open_one(file, format))
+
+
+def _files_of(name: str, output: str) -> list[str]:
+    if is_address(name):
+        return remote_files(name)
+    return [name] if name == "-" else local_files(name, output)
+
+
+def _check_many(files: Sequence[str]) -> None:
+    """:raises DatasetError: one can't be read beside others"""
+    seen = set[str]()
+    for file in files:
+        if file in seen:
+            raise DatasetError(f"{file} is given twice")
+        seen.add(file)
+        if not is_address(file) and (file == "-" or not Path(file).is_file()):
+            is_there = file == "-" or Path(file).exists()
+            told = "it can be read only once, give it alone" if is_there else "no such file"
+            raise DatasetError(f"can't read {file} as one of several inputs: {told}")
+
+
+def _open_one(name: str, format: str | None) -> RowSource:  # noqa: A002
+    data = RemoteInput(name) if is_address(name) else open_bytes(name)
     try:
-        return _source_of(data) if data.is_repeatable else PipeSource(data)
+        return _source_of(data, format) if data.is_repeatable else PipeSource(data, format)
     except BaseException:
         data.close()
         raise
@@ -39,14 +109,17 @@ def open_source(path: Path | str) -> RowSource:
 class PipeSource(RowSource):
     """An input whose first bytes, and so the format, may be long in coming."""
 
-    _known: RowSource | None = None
+    def __init__(self, data: ByteInput, format: str | None) -> None:  # noqa: A002
+        super().__init__(data)
+        self._format = format
+        self._known: RowSource | None = None
 
     @classmethod
     def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
         return False
 
     def records(self) -> Iterator[Record]:
-        self._known = _source_of(self.data)
+        self._known = _source_of(self.data, self._format)
         yield from self._known.records()
 
     def advice(self, lines: Sequence[bytes | None]) -> str:
@@ -56,16 +129,10 @@ class PipeSource(RowSource):
         return super().place(number) if self._known is None else self._known.place(number)
 
 
-def _source_of(packed: ByteInput) -> RowSource:
+def _source_of(packed: ByteInput, format: str | None) -> RowSource:  # noqa: A002
     data = decompressed(packed)
+    if format is not None:
+        return _NAMED[format](data)
     start, name = start_in_utf8(data.start()), name_inside(data.name)
     kinds = (kind for kind in FORMATS if kind.fits(start, name))
     return next(kinds, JsonLinesSource)(data)
-
-
-def open_sink(path: Path | str) -> RowSink:
-    """Where rows are written; `-` is stdout.
-
-    :raises DatasetError: it can't be written, is another's, or is being written
-    """
-    return JsonLinesSink(path)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from queue_api.datasets.formats.digests import MODULUS, content_digest, short_of
 from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.maker import Maker
 
-__all__ = ["MadeRow", "RowSink", "WrittenRow", "written_row"]
+__all__ = [
+    "CERTIFICATE",
+    "MadeRow",
+    "OutputFile",
+    "RowSink",
+    "WrittenRow",
+    "written_row",
+]
+
+CERTIFICATE = ".certificate.json"
+"""What the name of an output's certificate adds to the output's."""
 
 # A row is a number: what made it (48 bits), who made it (14 bits), an error bit and one that it is
 # there. A million rows take 8 MB.
@@ -26,18 +40,28 @@ _UNKNOWN = 0
 
 @dataclass(slots=True)
 class MadeRow:
-    """A row to write."""
+    """A row to write.
+
+    What is computed of it is computed at once, in the event loop: in the thread that writes, it
+    would keep the loop from the interpreter for longer than it takes.
+    """
 
     index: int
     fingerprint: str
     columns: Mapping[str, Any]
     """What JSON can say, or RawJson."""
+    number: int = 0
+    """Of its record in the input."""
+    raw: bytes | None = None
+    """Of a row that couldn't be read: as the input has it."""
     line: bytes = field(init=False, repr=False)
-    """The same as a line of JSON. Made at once, in the event loop: made in the thread that writes,
-    it would keep the loop from the interpreter for longer than it takes."""
+    """The columns as a line of JSON."""
+    content: int = field(init=False, repr=False)
+    """Their content digest."""
 
     def __post_init__(self) -> None:
         self.line = dump_row(self.columns)
+        self.content = content_digest(self.index, self.columns)
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,21 @@ class WrittenRow:
     maker: Maker
     is_error: bool
     columns: Mapping[str, Any]
+    has_input: bool = True
+    """Whether the input's columns are among these."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One of the files that an output consists of."""
+
+    name: str
+    rows: int
+    num_bytes: int
+    sha256: str
+    first_row: int | None = None
+    last_row: int | None = None
+    """Where it has a range of its own."""
 
 
 class RowSink(ABC):
@@ -59,27 +98,48 @@ class RowSink(ABC):
     sinks of one output exclude each other.
     """
 
+    format: str
+    """Its name in certificates."""
+    is_durable = True
+    """Whether it is a file or folder that stays, and so can have a certificate."""
+
     def __init__(self, name: str) -> None:
         self.name = name
+        self.has_changed = False
+        """Whether anything was written since it was opened."""
         self._forget_rows()
 
-    @abstractmethod
     def append(self, rows: Sequence[MadeRow]) -> None:
-        """Write rows; when this returns they are on disk, and `note` has been told of them.
+        """Write rows; when this returns they are on disk.
 
         :raises DatasetError: no space, closed pipe, …
         """
+        self.withdraw_certificate()
+        for row, digest in zip(rows, self._write(rows), strict=True):
+            self._note_made(row, digest)
 
     @abstractmethod
     def written(self) -> Iterator[WrittenRow]:
         """Every row of the output; reads all of it."""
 
-    @abstractmethod
     def drop(self, is_unwanted: Callable[[int], bool]) -> None:
         """Take rows out of the output, all in one instant.
 
         :raises DatasetError: no space, or rows can't be taken out of it
         """
+        self.withdraw_certificate()
+        self._drop(is_unwanted)
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Bring a complete output into its last form; rows may be appended to it again.
+
+        :raises DatasetError: no space, …
+        """
+
+    @abstractmethod
+    def files(self) -> list[OutputFile]:
+        """What it consists of on disk; right after `finish`."""
 
     @abstractmethod
     def close(self, *, keep_empty: bool = True) -> None:
@@ -92,6 +152,27 @@ class RowSink(ABC):
     def info(self) -> os.stat_result:
         """Of the file or folder that is written."""
 
+    @property
+    def certificate(self) -> Path:
+        """Where what is said of the whole output stands: beside it."""
+        return Path(f"{self.name.rstrip('/')}{CERTIFICATE}")
+
+    def withdraw_certificate(self) -> None:
+        """Take it away before the output changes: it isn't of that any more."""
+        if not self.has_changed and self.is_durable:
+            with contextlib.suppress(OSError):
+                self.certificate.unlink()
+        self.has_changed = True
+
+    @abstractmethod
+    def _write(self, rows: Sequence[MadeRow]) -> Sequence[int | None]:
+        """`append`; returns the digest of each row as this format writes it, or None if that of its
+        content is to stand for it."""
+
+    @abstractmethod
+    def _drop(self, is_unwanted: Callable[[int], bool]) -> None:
+        """`drop`."""
+
     def __contains__(self, row: int) -> bool:
         return row < len(self._marks) and self._marks[row] != 0
 
@@ -99,6 +180,26 @@ class RowSink(ABC):
     def end(self) -> int:
         """The row behind the last one that is written."""
         return len(self._marks)
+
+    @property
+    def rows(self) -> int:
+        """How many rows are written."""
+        return self._rows
+
+    @property
+    def errors(self) -> int:
+        """How many rows with an error were there when it was opened, or are left of them."""
+        return self._errors
+
+    @property
+    def error_codes(self) -> Counter[str]:
+        """Of all rows that are written, with an error."""
+        return self._error_codes
+
+    @property
+    def content(self) -> int:
+        """The sum of the rows' content digests, which doesn't depend on their order."""
+        return self._content
 
     @property
     def makers(self) -> set[Maker]:
@@ -121,33 +222,46 @@ class RowSink(ABC):
         """What the output says of a row; reads all of it."""
         return next((found for found in self.written() if found.index == row), None)
 
+    @property
+    def digests(self) -> array[int]:
+        """Of each row up to `end`, as this format writes it; 0 where there is none."""
+        return self._digests
+
     def _forget_rows(self) -> None:
         self._marks = array("Q")
+        self._digests = array("Q")
         self._makers = [Maker()]
-        self.rows = 0
-        """How many rows are written."""
-        self.errors = 0
-        """How many rows with an error were there when it was opened, or are left of them."""
+        self._rows = self._errors = self._content = 0
+        self._error_codes = Counter[str]()
 
-    def _note_found(self, known: WrittenRow) -> None:
+    def _note_found(self, known: WrittenRow, digest: int | None) -> None:
         """Remember a row that is there."""
         if known.maker not in self._makers and len(self._makers) < _MOST_MAKERS:
             self._makers.append(known.maker)
         maker = self._makers.index(known.maker) if known.maker in self._makers else 0
         mark = _mark(known.fingerprint) | maker << _MAKER_SHIFT
-        self._note(known.index, mark | _IS_ERROR * known.is_error)
-        self.errors += known.is_error
+        content = content_digest(known.index, known.columns)
+        mark |= _IS_ERROR * known.is_error
+        self._note(known.index, mark, digest, content, known.columns)
+        self._errors += known.is_error
 
-    def _note_made(self, rows: Iterable[MadeRow]) -> None:
-        """Remember rows that have been written."""
-        for row in rows:
-            self._note(row.index, _mark(row.fingerprint))
+    def _note_made(self, row: MadeRow, digest: int | None) -> None:
+        """Remember a row that has been written."""
+        self._note(row.index, _mark(row.fingerprint), digest, row.content, row.columns)
 
-    def _note(self, row: int, mark: int) -> None:
+    def _note(
+        self, row: int, mark: int, digest: int | None, content: int, columns: Mapping[str, Any]
+    ) -> None:
         if row >= len(self._marks):
-            self._marks.extend([0] * (row + 1 - len(self._marks)))
-        self.rows += self._marks[row] == 0
+            missing = row + 1 - len(self._marks)
+            self._marks.extend([0] * missing)
+            self._digests.extend([0] * missing)
+        self._rows += self._marks[row] == 0
         self._marks[row] = mark | _IS_THERE
+        self._digests[row] = short_of(content) if digest is None else digest
+        self._content = (self._content + content) % MODULUS
+        if columns.get("finish_reason") == "error":
+            self._error_codes[str(columns.get("error_code") or "")] += 1
 
 
 def written_row(columns: Mapping[str, Any]) -> WrittenRow | None:

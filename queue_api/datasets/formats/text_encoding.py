@@ -64,4 +64,5 @@ def utf8_blocks(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def start_in_utf8(start: bytes) -> bytes:
     """The first bytes of an input as UTF-8, if they are text; what is cut at the end isn't said."""
-    return Utf8Encoder().feed(start)
+    encoder = Utf8Encoder()
+    return encoder.feed(start) or encoder.finish()  # of less than tells the encoding

@@ -26,9 +26,7 @@ _MAGIC: dict[bytes, tuple[str, str]] = {
     b"\x04\x22\x4d\x18": ("lz4", "unpack it first"),
     b"7z\xbc\xaf\x27\x1c": ("7-zip", "unpack it first"),
     b"PK\x03\x04": ("a zip archive (or a spreadsheet)", "unpack it, or save it as JSON Lines"),
-    b"PAR1": ("Parquet", "write it as JSON Lines: pandas.read_parquet(…).to_json(…, lines=True)"),
-    b"ARROW1": ("Arrow", "write it as JSON Lines: datasets.Dataset.to_json(…)"),
-    b"\xff\xff\xff\xff": ("Arrow's stream", "write it as JSON Lines: datasets.Dataset.to_json(…)"),
+    b"PARE": ("encrypted Parquet", "decrypt it first"),
     b"Obj\x01": ("Avro", "write it as JSON Lines"),
     b"ORC": ("ORC", "write it as JSON Lines"),
     b"SQLite format 3\x00": ("an SQLite database", "write a query's rows as JSON Lines"),
@@ -123,6 +121,11 @@ def what_text_is(path: Path | str, lines: Sequence[bytes]) -> str:
                 f"write one to each line: jq -c . {path}"
             )
         return ""
+    if first.startswith(b"["):
+        return (
+            f"{path} begins with a list, but not of objects: write an object to each line, such as "
+            f"jq -c '.[] | {{prompt: .}}' {path}"
+        )
     if header := _header(lines):
         shown = ", ".join(map(repr, header[:MOST_COLUMNS_SHOWN]))
         return f"{path} looks like CSV with the columns {shown}: read it as such with --format csv"

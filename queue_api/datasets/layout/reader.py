@@ -16,13 +16,16 @@ from queue_api.datasets.layout.openai_batch import (
     is_batch_line,
     without_prompt,
 )
-from queue_api.datasets.layout.shown_columns import ShownColumns
+from queue_api.datasets.layout.shown_columns import ShownColumns, with_id
 from queue_api.wire.errors import InvalidRequestError, RequestError
 
 if TYPE_CHECKING:
     from queue_api.datasets.layout.template import RowTemplate
 
 __all__ = ["LayoutReader", "Reading"]
+
+TEXTS = frozenset({"id", "prompt"})
+"""Fields of which an empty text is a value, if a wrong one; elsewhere it is none at all."""
 
 
 @dataclass(slots=True)
@@ -96,11 +99,12 @@ class LayoutReader:
                 return f"{message} ({field!r} is column {column!r})"
         return message
 
-    def kept(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """What of the columns shown the request hasn't already."""
+    def kept(self, columns: Mapping[str, Any], *, keep_id: bool) -> dict[str, Any]:
+        """What of the columns shown the request hasn't already, with the id or without."""
         if "body" in columns and is_batch_line(columns):
             columns = without_prompt(columns)
-        return {name: value for name, value in columns.items() if name not in self._unsent}
+        unsent = self._unsent - {"id"} if keep_id else self._unsent
+        return {name: value for name, value in columns.items() if name not in unsent}
 
     def how_read(self, found: Record) -> str:
         """Where a record that can be read has its prompt."""
@@ -144,7 +148,7 @@ class LayoutReader:
 
     def _begun(self, found: Record, fields: dict[str, Any], id_column: str) -> Reading:
         """What a row is read as, but for its prompt."""
-        shown, error = _with_id(found.shown, id_column), found.error
+        shown, error = with_id(found.shown, id_column), found.error
         try:
             shown = self._columns.of(shown)
         except InvalidRequestError as conflict:
@@ -214,26 +218,20 @@ def _compiled(source: str | None, what: str) -> RowTemplate | None:
     return RowTemplate(source, what)
 
 
-def _with_id(columns: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    """The columns with the id as `id`; another column of that name steps aside."""
-    if column == "id":
-        return columns
-    shown = {"id": columns.get(column)}
-    for name, value in columns.items():
-        while name in shown:
-            name = f"input_{name}"  # noqa: PLW2901
-        shown[name] = value
-    return shown
-
-
 def _is_system(message: object) -> bool:
     return isinstance(message, Mapping) and message.get("role") in ("system", "developer")
 
 
 def _request_fields(columns: Mapping[str, Any], taken: Collection[str]) -> dict[str, Any]:
     """The columns that are the request's by their names."""
-    # a table has a null where a row has no value of its own
-    fields = {name: value for name, value in columns.items() if name in taken and value is not None}
+    # a table has a null where a row has no value of its own; one that was CSV an empty text
+    fields = {
+        name: value
+        for name, value in columns.items()
+        if name in taken and value is not None and (value != "" or name in TEXTS)
+    }
+    if fields.get("prompt") == "" and "messages" in fields:
+        del fields["prompt"]
     for name in ("logprobs", "prompt_logprobs"):
         if isinstance(fields.get(name), list):
             del fields[name]  # those of an output that is used as input again

@@ -8,7 +8,7 @@ from typing import Any
 from queue_api.datasets.layout.layout import Layout
 from queue_api.wire.errors import InvalidRequestError
 
-__all__ = ["ShownColumns"]
+__all__ = ["ShownColumns", "shown_columns", "with_id"]
 
 
 class ShownColumns:
@@ -42,3 +42,25 @@ class ShownColumns:
         if self._drop:
             return {name: value for name, value in columns.items() if name not in self._drop}
         return columns
+
+
+def with_id(columns: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """The columns with the id as `id`; another column of that name steps aside."""
+    if column == "id":
+        return columns
+    shown = {"id": columns.get(column)}
+    for name, value in columns.items():
+        while name in shown:
+            name = f"input_{name}"  # noqa: PLW2901
+        shown[name] = value
+    return shown
+
+
+def shown_columns(columns: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
+    """What comes back of something by column, such as types; nothing where names clash."""
+    has_id = layout.id_column in columns
+    named = with_id(columns, layout.id_column or "id") if has_id else columns
+    try:
+        return ShownColumns(layout).of(named)
+    except InvalidRequestError:  # which each such row says
+        return {}
