@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,18 @@ def test_what_is_complete_is_not_written_again(tmp_path: Path) -> None:
     first_two = sorted(before)[:2]
     assert {name: after[name] for name in first_two} == {name: before[name] for name in first_two}
     assert column(path, "x")[22:24] == [[{"a": 1}], [{"a": 2}]]
+
+
+def test_an_output_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    sink = KIND.open(tmp_path)
+    sink.append([made(0), made(1)])
+    del sink  # as a kill leaves it: two rows in the journal
+    shutil.rmtree(tmp_path / "out.parquet")
+    again = KIND.open(tmp_path)
+    assert again.rows == 0
+    again.append([made(5)])
+    again.close()
+    assert KIND.rows(tmp_path) == [5]
 
 
 def test_text_of_a_value() -> None:

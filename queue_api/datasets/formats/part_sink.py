@@ -238,6 +238,8 @@ class PartSink(RowSink):
     def _take_up(self) -> None:
         try:
             self._check_ours()
+            if self._is_new and self._state.exists():
+                shutil.rmtree(self._state)  # of an output that was removed since
             self._state.mkdir(exist_ok=True)
             self._end_commit()
             self._forget_parts()
