@@ -141,13 +141,24 @@ def test_whatever_comes_is_in_the_table(parts: list[list[Any]]) -> None:
 
 def test_the_types_of_the_source_stand_where_values_fit(tmp_path: Path) -> None:
     source = pa.schema(
-        [("n", pa.int32()), ("f", pa.float32()), ("at", pa.timestamp("us")), ("gone", pa.string())]
+        [
+            ("n", pa.int32()),
+            ("f", pa.float32()),
+            ("at", pa.timestamp("us")),
+            ("u", pa.uint64()),
+            ("dec", pa.decimal128(30, 2)),
+            ("gone", pa.string()),
+        ]
     )
-    rows = [{"n": 1, "f": 0.5, "at": "2020-01-02 03:04:05"}] * 12
+    digits = "12345678901234567890.10"
+    row = {"n": 1, "f": 0.5, "at": "2020-01-02 03:04:05", "u": 2**63 + 1}
+    rows = [{**row, "dec": RawJson(digits)}] * 12
     path, told = written(tmp_path, rows, schema=lambda: source)
     schema = pq.read_schema(path / "part-00000.parquet")
-    assert [schema.field(name).type for name in ("n", "f", "at")] == list(source.types[:3])
+    assert [schema.field(name).type for name in source.names[:-1]] == list(source.types[:-1])
     assert "gone" not in schema.names
+    assert str(column(path, "dec")[11]) == digits
+    assert column(path, "u") == [2**63 + 1] * 12
     assert str(column(path, "at")[0]) == "2020-01-02 03:04:05"
     assert told == []
 

@@ -168,7 +168,8 @@ class PartSink(RowSink):
             os.close(self._lock)
 
     def _write(self, rows: Sequence[MadeRow]) -> list[None]:
-        lines = [line_of_one_type(row) for row in rows]
+        decimals = self._columns.decimals
+        lines = [line_of_one_type(row, decimals) for row in rows]
         try:
             while lines:
                 room = max(1, self._part_rows - self._open_rows - self._journal.rows)
