@@ -153,5 +153,6 @@ def _is_of(file: Path | str, output: str) -> bool:
     """True if a run wrote the file: its output, a part of it, or its certificate."""
     if output in ("", "-"):
         return False
-    real, written = Path(file).resolve(), Path(output).resolve()
+    # pathlib's own raises of a loop of links
+    real, written = (Path(os.path.realpath(path)) for path in (file, output))
     return real == Path(f"{written}.certificate.json") or real.is_relative_to(written)
