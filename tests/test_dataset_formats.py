@@ -159,6 +159,12 @@ def test_of_a_damaged_file_the_rows_before_are_read(tmp_path: Path, kind: str) -
             list(source.records())
 
 
+def test_what_is_packed_twice_is_unpacked_twice(tmp_path: Path) -> None:
+    path = tmp_path / "rows.gz"
+    path.write_bytes(gzip.compress(bz2.compress(LINES[0])))
+    assert [record.read for record in records_of(path)] == ROWS[:1]
+
+
 def test_a_padded_gzip_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(gzip.compress(LINES[0]) + bytes(1000) + gzip.compress(LINES[1]) + bytes(512))
@@ -430,6 +436,15 @@ def test_names_of_columns_that_are_there_twice_are_told(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("prompt,n,prompt\na,1,b\n")
     assert "has the column 'prompt' twice" in rows_before_the_error(path)[1]
+
+
+def test_one_line_is_no_table_without_rows(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("red,green\n")
+    assert [record.read for record in records_of(path)] == [{"prompt": "red,green"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("prompt,n\n")
+    assert [record.error is not None for record in records_of(path)] == [True]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

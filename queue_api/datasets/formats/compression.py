@@ -17,6 +17,8 @@ from queue_api.wire.errors import DatasetError, MissingExtraError
 __all__ = ["Decompressed", "decompressed", "name_inside"]
 
 _SUFFIX = re.compile(r"\.(gz|gzip|zst|zstd|bz2|xz)$", re.IGNORECASE)
+_MOST_TIMES = 3
+"""A file may have been packed twice by mistake; some unpack to themselves for ever."""
 _MAY_BE_PADDED = ("gzip", "xz")
 
 
@@ -92,10 +94,12 @@ def name_inside(name: str) -> str:
 
 def decompressed(data: ByteInput) -> ByteInput:
     """What is in the input; the input itself where its first bytes are of no compression."""
-    start = data.start()
-    for kind, (magic, _) in _KINDS.items():
-        if magic.match(start):
-            return Decompressed(data, kind)
+    for _ in range(_MOST_TIMES):
+        start = data.start()
+        kind = next((kind for kind, (magic, _) in _KINDS.items() if magic.match(start)), None)
+        if kind is None:
+            break
+        data = Decompressed(data, kind)
     return data
 
 

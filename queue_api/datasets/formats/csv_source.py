@@ -161,12 +161,13 @@ class _Lines(Iterator[str]):
 
 
 def is_table(start: bytes) -> bool:
-    """True if a text begins like a table of several columns, the first row of which names them.
+    """True if a text begins like a table of several columns, the first row of which names them; one
+    line alone could be anything.
 
     :param start: UTF-8, the last line of which may be cut off
     """
     rows = _first_rows(start, _separator(start, ""))
-    if not rows or len(rows[0]) < 2 or len(set(rows[0])) < len(rows[0]):
+    if len(rows) < 2 or len(rows[0]) < 2 or len(set(rows[0])) < len(rows[0]):
         return False
     is_header = all(
         _NAME.fullmatch(name) or (name == "" and not i) for i, name in enumerate(rows[0])
