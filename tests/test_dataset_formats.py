@@ -29,6 +29,7 @@ from kits.format_kit import (
     FORMATS,
     Format,
     check_cut,
+    check_damage,
     check_pipe,
     check_rows,
     most_memory,
@@ -104,6 +105,14 @@ def test_of_a_file_that_was_cut_off_the_first_rows_are_read(tmp_path: Path, kind
     kind.write(rows_made(2000), path)
     size = path.stat().st_size
     check_cut(kind, path, iter([30, size // 3, size // 2 + 1, size - 40, size - 9, size - 2]))
+
+
+@each_format
+def test_no_damage_ends_in_anything_but_an_error_of_ours(tmp_path: Path, kind: Format) -> None:
+    """Libraries believe what files say: Arrow ends the process where a batch lies of its length."""
+    path = kind.input(tmp_path)
+    kind.write(rows_made(300), path)
+    check_damage(path, seed=1, times=300 if kind.place == "row {}" else 40)
 
 
 @each_format

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import json
 import lzma
 import os
+import random
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -260,6 +262,34 @@ def check_cut(kind: Format, path: Path, sizes: Iterator[int]) -> None:
             assert rows == expected[: len(rows)]
         else:  # a last line may be a shorter one that is as good
             assert rows[:-1] == expected[: max(0, len(rows) - 1)]
+
+
+def check_damage(path: Path, seed: int, times: int) -> None:
+    """Whatever becomes of its bytes, a file ends in rows, wrong rows, or an error of ours."""
+    choice, whole = random.Random(seed), path.read_bytes()
+    for _ in range(times):
+        content = bytearray(whole)
+        for _ in range(choice.choice([1, 1, 2, 5])):
+            _damage(content, choice)
+        path.write_bytes(content)
+        with contextlib.suppress(DatasetError), closing(open_source(path)) as source:
+            for _ in source.records():
+                pass
+        with contextlib.suppress(DatasetError), closing(open_source(path)) as source:
+            source.schema()
+            source.count()
+
+
+def _damage(content: bytearray, choice: random.Random) -> None:
+    at, kind = choice.randrange(len(content)), choice.random()
+    if kind < 0.5:
+        content[at] ^= 1 << choice.randrange(8)
+    elif kind < 0.7:
+        del content[at : at + choice.randrange(1, 40)]
+    elif kind < 0.85:
+        content[at:at] = choice.randbytes(choice.randrange(1, 9))
+    else:
+        content[at : at + 16] = bytes(16)
 
 
 def most_memory(path: Path) -> int:

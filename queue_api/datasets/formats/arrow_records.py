@@ -18,7 +18,7 @@ from queue_api.wire.errors import DatasetError, InvalidRequestError, MissingExtr
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["check_names", "import_pyarrow", "records_of"]
+__all__ = ["check_batch", "check_names", "import_pyarrow", "records_of", "signs_of_damage"]
 
 MOST_ROWS = 1024
 """So many become Python's values at a time."""
@@ -46,6 +46,33 @@ def check_names(schema: pyarrow.Schema, name: str) -> None:
             raise DatasetError(
                 f"{name} has the column {column!r:.80} twice: give each a name of its own"
             )
+
+
+def signs_of_damage(lib: Any) -> tuple[type[Exception], ...]:
+    """What pyarrow raises of bytes that it can't make sense of, be it as a number of bytes that no
+    machine has."""
+    return (lib.ArrowException, OSError, UnicodeDecodeError, MemoryError)
+
+
+def check_batch(batch: pyarrow.RecordBatch) -> None:
+    """See that what it says of itself is so: Arrow believes it, and would read past its end.
+
+    :raises ArrowInvalid: it isn't
+    """
+    import pyarrow
+    from pyarrow import types
+
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+    else:
+        return
+    for column in batch.columns:  # a text that isn't UTF-8 costs its own row alone
+        is_text = types.is_string(column.type) or types.is_large_string(column.type)
+        kind = pyarrow.binary() if types.is_string(column.type) else pyarrow.large_binary()
+        (column.view(kind) if is_text else column).validate(full=True)
 
 
 def records_of(batch: pyarrow.RecordBatch, before: int) -> Iterator[Record]:

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from queue_api.datasets.formats.arrow_records import check_names, import_pyarrow, records_of
+from queue_api.datasets.formats.arrow_records import (
+    check_batch,
+    check_names,
+    import_pyarrow,
+    records_of,
+    signs_of_damage,
+)
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.wire.errors import DatasetError
@@ -56,6 +62,8 @@ class ArrowSource(RowSource):
             while True:
                 with self._told(before):
                     batch = next(batches, None)
+                    if batch is not None:
+                        check_batch(batch)
                 if batch is None:
                     break
                 yield batch
@@ -80,10 +88,10 @@ class ArrowSource(RowSource):
     @contextmanager
     def _told(self, before: int) -> Iterator[None]:
         """Tells of what Arrow finds wrong as of an error of ours."""
-        lib = import_pyarrow(self.name)
+        damage = signs_of_damage(import_pyarrow(self.name))
         try:
             yield
-        except (lib.ArrowException, OSError) as error:
+        except damage as error:
             raise DatasetError(
                 f"{self.name} is damaged Arrow or was cut off: {str(error).partition(chr(10))[0]}; "
                 f"the {before:,} rows before that place were read"

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from queue_api.datasets.formats.arrow_records import (
     MOST_ROWS,
+    check_batch,
     check_names,
     import_pyarrow,
     records_of,
+    signs_of_damage,
 )
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
@@ -36,15 +38,16 @@ class ParquetSource(RowSource):
         return start.startswith(b"PAR1")
 
     def records(self) -> Iterator[Record]:
-        lib = import_pyarrow(self.name)
+        damage = signs_of_damage(import_pyarrow(self.name))
         before = 0
         with self._file() as file:
-            check_names(file.schema_arrow, self.name)
             batches = file.iter_batches(batch_size=_rows_at_a_time(file.metadata))
             while True:
                 try:
                     batch = next(batches, None)
-                except (lib.ArrowException, OSError) as error:
+                    if batch is not None:
+                        check_batch(batch)
+                except damage as error:
                     raise DatasetError(
                         f"{self.name} is damaged Parquet: {_first_line(error)}; the {before:,} "
                         "rows before that place were read"
@@ -73,7 +76,8 @@ class ParquetSource(RowSource):
         with self.data.file() as bytes_:
             try:
                 file = lib.parquet.ParquetFile(bytes_, buffer_size=READ_BYTES, pre_buffer=False)
-            except (lib.ArrowException, OSError) as error:
+                check_names(file.schema_arrow, self.name)
+            except signs_of_damage(lib) as error:
                 raise DatasetError(
                     f"{self.name} isn't whole Parquet, whose end says where its rows are: "
                     f"{_first_line(error)}"
