@@ -105,7 +105,7 @@ def test_a_run_killed_again_and_again_ends_with_each_row_once(
     assert summary.errors + summary.errors_before == ROWS // 50
     assert kind.rows(tmp_path) == list(range(ROWS))
     verdict = verify_output(kind.path(tmp_path))
-    assert (verdict.rows, verdict.problems) == (ROWS, [])
+    assert (verdict.rows, verdict.problems, verdict.notes) == (ROWS, [], [])
 
 
 @every_kind
@@ -127,4 +127,5 @@ def test_errors_are_asked_for_again_and_changes_are_told(
         run(kind)
     assert run(kind, redo_changed=True).rows == 20
     assert kind.rows(tmp_path) == list(range(20))
-    assert verify_output(kind.path(tmp_path)).problems == []
+    verdict = verify_output(kind.path(tmp_path))
+    assert (verdict.problems, verdict.notes) == ([], [])

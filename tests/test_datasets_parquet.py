@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,24 @@ def test_whatever_comes_is_in_the_table(parts: list[list[Any]]) -> None:
 
 def test_the_types_of_the_source_stand_where_values_fit(tmp_path: Path) -> None:
     source = pa.schema(
-        [("n", pa.int32()), ("f", pa.float32()), ("at", pa.timestamp("us")), ("gone", pa.string())]
+        [
+            ("n", pa.int32()),
+            ("f", pa.float32()),
+            ("at", pa.timestamp("us")),
+            ("u", pa.uint64()),
+            ("dec", pa.decimal128(30, 2)),
+            ("gone", pa.string()),
+        ]
     )
-    rows = [{"n": 1, "f": 0.5, "at": "2020-01-02 03:04:05"}] * 12
+    digits = "12345678901234567890.10"
+    row = {"n": 1, "f": 0.5, "at": "2020-01-02 03:04:05", "u": 2**63 + 1}
+    rows = [{**row, "dec": RawJson(digits)}] * 12
     path, told = written(tmp_path, rows, schema=lambda: source)
     schema = pq.read_schema(path / "part-00000.parquet")
-    assert [schema.field(name).type for name in ("n", "f", "at")] == list(source.types[:3])
+    assert [schema.field(name).type for name in source.names[:-1]] == list(source.types[:-1])
     assert "gone" not in schema.names
+    assert str(column(path, "dec")[11]) == digits
+    assert column(path, "u") == [2**63 + 1] * 12
     assert str(column(path, "at")[0]) == "2020-01-02 03:04:05"
     assert told == []
 
@@ -209,6 +221,18 @@ def test_what_is_complete_is_not_written_again(tmp_path: Path) -> None:
     first_two = sorted(before)[:2]
     assert {name: after[name] for name in first_two} == {name: before[name] for name in first_two}
     assert column(path, "x")[22:24] == [[{"a": 1}], [{"a": 2}]]
+
+
+def test_an_output_that_was_removed_does_not_come_back(tmp_path: Path) -> None:
+    sink = KIND.open(tmp_path)
+    sink.append([made(0), made(1)])
+    del sink  # as a kill leaves it: two rows in the journal
+    shutil.rmtree(tmp_path / "out.parquet")
+    again = KIND.open(tmp_path)
+    assert again.rows == 0
+    again.append([made(5)])
+    again.close()
+    assert KIND.rows(tmp_path) == [5]
 
 
 def test_text_of_a_value() -> None:

@@ -156,6 +156,26 @@ def test_a_part_that_is_gone_or_there_twice_is_found(kind: Kind, tmp_path: Path)
     assert f"the file {twin.name} isn't certified" in problems
 
 
+def test_rows_with_gaps_between_them_are_all_there_is(tmp_path: Path) -> None:
+    """As a sample of an input's rows has."""
+    kind = LINES[0]
+    sink = kind.open(tmp_path)
+    sink.append([made(row) for row in (3, 4, 9, 20)])
+    write_certificate(sink, 4, set(), {})
+    sink.close()
+    path = kind.path(tmp_path)
+    said = json.loads(Path(f"{path}.certificate.json").read_bytes())
+    assert (said["rows_in"], said["rows_out"], said["missing"]) == (4, 4, [])
+    assert said["rows"] == [[3, 4], [9, 9], [20, 20]]
+    assert verify_output(path) == Verdict(rows=4)
+    with path.open("ab") as file:
+        file.write(made(5).line + made(2000).line)
+    assert [problem.partition(" at ")[0] for problem in verify_output(path).problems] == [
+        "row 5",
+        "row 2000",
+    ]
+
+
 def test_of_many_rows_a_block_is_named(tmp_path: Path) -> None:
     kind = LINES[0]
     path = certified(kind, tmp_path, rows=5000)

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.row_sink import CERTIFICATE, RowSink
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["block_digests", "contradiction", "read_certificate", "write_certificate"]
+__all__ = ["block_digests", "contradiction", "ranges", "read_certificate", "write_certificate"]
 
 FORM = 1
 MOST_BLOCKS = 4096
@@ -34,11 +34,12 @@ def write_certificate(
 
     Nothing is read for it but files of which no digest is known yet.
 
+    :param rows_in: how many rows the run was to make; those of earlier runs may be others
     :param options: the run's, to be said in it
     :raises DatasetError: it can't be written
     """
     rows_each = max(1, -(-sink.end // MOST_BLOCKS))
-    missing = [row for row in range(rows_in) if row not in sink] if sink.rows < rows_in else []
+    missing = [row for row in range(sink.end) if row not in sink] if sink.rows < rows_in else []
     apart = sink.errors_sink if isinstance(sink, ErrorsApartSink) else None
     content = {
         "certificate": FORM,
@@ -49,6 +50,7 @@ def write_certificate(
         "rows_in": rows_in,
         "rows_out": sink.rows,
         "missing": missing[:MOST_NAMED],
+        "rows": list(ranges(row for row in range(sink.end) if row in sink)),
         "errors": dict(sorted(sink.error_codes.items())),
         "content": f"{sink.content:032x}",
         "models": [
@@ -79,6 +81,18 @@ def _put(path: Path, content: str) -> None:
         os.fsync(file.fileno())
     aside.rename(path)
     sync_folder(path.parent)
+
+
+def ranges(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of consecutive numbers among growing ones."""
+    first = last = None
+    for row in rows:
+        if last is not None and first is not None and row != last + 1:
+            yield first, last
+            first = None
+        first, last = (row if first is None else first), row
+    if first is not None and last is not None:
+        yield first, last
 
 
 def block_digests(digests: array[int], rows_each: int) -> list[str]:

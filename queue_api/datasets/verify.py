@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from queue_api.datasets.certificate import block_digests, read_certificate
+from queue_api.datasets.certificate import block_digests, ranges, read_certificate
 from queue_api.datasets.formats.row_sink import CERTIFICATE
 from queue_api.datasets.formats.survey import Fault, SeenFile, SeenRow, survey
 from queue_api.wire.errors import DatasetError
@@ -46,7 +46,11 @@ class _Comparison:
     def __init__(self, said: Mapping[str, Any]) -> None:
         self._said = said
         self._verdict = Verdict()
-        self._digests = array("Q", [0]) * int(said["rows_in"])
+        end = max((last + 1 for _, last in said["rows"]), default=0)
+        self._digests = array("Q", [0]) * end
+        self._is_certified = bytearray(end)
+        for first, last in said["rows"]:
+            self._is_certified[first : last + 1] = b"\1" * (last + 1 - first)
         self._doubled: dict[int, list[str]] = {}
         self._files: list[SeenFile] = []
 
@@ -71,11 +75,8 @@ class _Comparison:
 
     def _see(self, row: SeenRow) -> None:
         self._verdict.rows += 1
-        if row.index >= len(self._digests):
-            self._verdict.problems.append(
-                f"row {row.index} at {row.place} isn't certified: there were "
-                f"{len(self._digests)} rows"
-            )
+        if not self._is_certified[row.index : row.index + 1].strip(b"\0"):
+            self._verdict.problems.append(f"row {row.index} at {row.place} isn't certified")
         elif self._digests[row.index]:
             self._doubled.setdefault(row.index, []).append(row.place)
         else:
@@ -86,9 +87,12 @@ class _Comparison:
             self._verdict.problems.append(f"row {row} is there again at {', '.join(places)}")
 
     def _say_missing(self) -> None:
-        missing = [row for row, digest in enumerate(self._digests) if not digest]
-        for first, last in _ranges(missing):
+        missing = (row for row in range(len(self._digests)) if self._is_missing(row))
+        for first, last in ranges(missing):
             self._verdict.problems.append(f"{_rows(first, last)} missing")
+
+    def _is_missing(self, row: int) -> bool:
+        return bool(self._is_certified[row]) and not self._digests[row]
 
     def _say_changed(self) -> None:
         """Of each block that is whole, whether it is as it was."""
@@ -97,7 +101,7 @@ class _Comparison:
             zip(said, block_digests(self._digests, each), strict=False)
         ):
             first, last = block * each, min((block + 1) * each, len(self._digests)) - 1
-            is_whole = all(self._digests[first : last + 1])
+            is_whole = not any(map(self._is_missing, range(first, last + 1)))
             if was != now and is_whole:
                 rows = f"row {first}" if first == last else f"a row of rows {first} to {last}"
                 self._verdict.problems.append(f"{rows} has changed")
@@ -123,15 +127,6 @@ class _Comparison:
             self._verdict.notes.append(
                 f"{file.name} has other bytes and the same rows: in another order, or packed anew"
             )
-
-
-def _ranges(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
-    start = 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or rows[place] != rows[place - 1] + 1:
-            yield rows[start], rows[place - 1]
-            start = place
 
 
 def _rows(first: int, last: int) -> str:

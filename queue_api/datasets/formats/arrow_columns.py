@@ -67,6 +67,12 @@ class ArrowColumns:
             self._types |= {name: self._own[name] for name in _ALWAYS_THERE}
         return self._pa.schema(list(self._types.items()))
 
+    @property
+    def decimals(self) -> frozenset[str]:
+        """The columns of decimals, whose digits `table` takes as texts."""
+        kinds = {**self._of_source, **self._types}.items()
+        return frozenset(name for name, kind in kinds if self._pa.types.is_decimal(kind))
+
     def add(self, schema: pa.Schema) -> None:
         """Take over what a part has."""
         for field in schema:
@@ -165,7 +171,7 @@ class ArrowColumns:
         try:
             if name not in self._texts:
                 # its own type first: into a given one Arrow cuts without a word (1.5 to 1)
-                found = pa.array(values)
+                found = self._inferred(name, values)
                 if _hides_bools(pa, found.type, values):
                     raise TypeError
                 fitting = _narrowed(pa, found, self._types.get(name))
@@ -177,6 +183,13 @@ class ArrowColumns:
         except _refusals(pa):
             self._make_text(name)
         return pa.array(map(as_text, values), pa.string())
+
+    def _inferred(self, name: str, values: Sequence[Any]) -> Any:
+        kind = self._types.get(name)
+        given = (value for value in values if value is not None)
+        if kind == self._pa.uint64() and all(type(value) is int for value in given):
+            return self._pa.array(values, kind)  # untold, Arrow takes what an int64 holds
+        return self._pa.array(values)
 
     def _widen(self, name: str, found: Any) -> None:
         pa = self._pa
@@ -329,8 +342,7 @@ def _usable(pa: Any, schema: Any) -> dict[str, Any]:
     return {
         name: kind
         for name, kind in found.items()
-        if name not in _ALWAYS_THERE
-        and (_is_plain(pa, kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind))
+        if name not in _ALWAYS_THERE and (_is_plain(pa, kind) or _in_json(pa, kind) != kind)
     }
 
 
@@ -353,5 +365,6 @@ def _is_plain(pa: Any, kind: Any, levels: int = MOST_LEVELS) -> bool:
 
 def _in_json(pa: Any, kind: Any) -> Any:
     """The type that its values have in JSON."""
-    is_time = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
-    return pa.string() if is_time else kind
+    types = pa.types
+    is_time = types.is_timestamp(kind) or types.is_date(kind)
+    return pa.string() if is_time or types.is_decimal(kind) else kind

@@ -168,7 +168,8 @@ class PartSink(RowSink):
             os.close(self._lock)
 
     def _write(self, rows: Sequence[MadeRow]) -> list[None]:
-        lines = [line_of_one_type(row) for row in rows]
+        decimals = self._columns.decimals
+        lines = [line_of_one_type(row, decimals) for row in rows]
         try:
             while lines:
                 room = max(1, self._part_rows - self._open_rows - self._journal.rows)
@@ -238,6 +239,8 @@ class PartSink(RowSink):
     def _take_up(self) -> None:
         try:
             self._check_ours()
+            if self._is_new and self._state.exists():
+                shutil.rmtree(self._state)  # of an output that was removed since
             self._state.mkdir(exist_ok=True)
             self._end_commit()
             self._forget_parts()

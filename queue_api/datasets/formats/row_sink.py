@@ -114,6 +114,8 @@ class RowSink(ABC):
 
         :raises DatasetError: no space, closed pipe, …
         """
+        if not rows:
+            return
         self.withdraw_certificate()
         for row, digest in zip(rows, self._write(rows), strict=True):
             self._note_made(row, digest)

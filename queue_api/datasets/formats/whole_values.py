@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from queue_api.datasets.formats.json_record import dump_row
@@ -12,15 +13,15 @@ from queue_api.datasets.formats.row_sink import MadeRow
 __all__ = ["line_of_one_type"]
 
 
-def line_of_one_type(row: MadeRow) -> bytes:
+def line_of_one_type(row: MadeRow, decimals: Collection[str] = ()) -> bytes:
     """The row as a line; an object that has a key twice is a text in it, for a table would lose one
-    of them."""
-    twice = {
+    of them, and so is a number in a column of decimals, for the digits."""
+    texts = {
         name: str(value)
         for name, value in row.columns.items()
-        if isinstance(value, RawJson) and _has_twice(value)
+        if isinstance(value, RawJson) and (name in decimals or _has_twice(value))
     }
-    return dump_row({**row.columns, **twice}) if twice else row.line
+    return dump_row({**row.columns, **texts}) if texts else row.line
 
 
 def _has_twice(text: str) -> bool:
