@@ -22,6 +22,7 @@ from queue_api.datasets.run import run_dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.datasets.turns import TurnPass
 from queue_api.wire.errors import DatasetError, InvalidRequestError
+from queue_api.wire.schemas import GenerationRequest
 
 NUM_ROWS = 60
 
@@ -39,6 +40,18 @@ def answers_to(turns: list[str], system: str = "") -> list[str]:
         answers.append("answer to " + " / ".join(chat))
         chat.append(answers[-1])
     return answers
+
+
+class Telling(Answerer):
+    """Tells all of the chat that it gets."""
+
+    def text_of(self, request: GenerationRequest) -> str:
+        return "answer to " + " / ".join(str(turn.content) for turn in request.messages or ())
+
+
+@pytest.fixture
+def answerer(connection: redis.Redis) -> Answerer:
+    return Telling(connection)
 
 
 @pytest.fixture
@@ -97,7 +110,7 @@ def test_a_run_broken_off_anywhere_ends_with_the_same_rows(
     output, draw = source.with_name("out.jsonl"), random.Random(seed)
     selection = RowSelection(sample=40, shuffle=True) if seed % 2 else RowSelection()
 
-    class Counting(Answerer):
+    class Counting(Telling):
         left = 0
 
         def answer(self, jobs: int = 1, queue: str = "batchmill") -> int:

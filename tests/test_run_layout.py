@@ -177,7 +177,7 @@ def test_submit_takes_the_same_options(
     rows = rows_of(tmp_path / "out.jsonl")
     assert [(row["id"], row["key"], row["error_code"]) for row in rows] == [
         (7, 7, ""),
-        ("8", 8, "invalid_request"),
+        (8, 8, "invalid_request"),
     ]
     assert rows[0]["remark"] == 1
     assert "talk" not in rows[0]

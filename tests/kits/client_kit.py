@@ -29,13 +29,6 @@ def run_keys(connection: redis.Redis) -> list[str]:
     return sorted(key.decode() for key in connection.keys("batchmill:*"))
 
 
-def _asked(request: GenerationRequest) -> object:
-    """A prompt, or what all of a chat's turns say."""
-    if request.messages is None:
-        return request.prompt
-    return " / ".join(str(message.content) for message in request.messages)
-
-
 class Answerer:
     """Takes jobs off a queue and emits the results a worker would, at moments the test chooses.
 
@@ -48,7 +41,7 @@ class Answerer:
 
     def text_of(self, request: GenerationRequest) -> str:
         """The answer to a request."""
-        return f"answer to {_asked(request)}"
+        return f"answer to {request.prompt}"
 
     def answer(self, jobs: int = 2**30, queue: str = "batchmill") -> int:
         """Answer so many jobs, or all there are; returns how many requests that were."""
