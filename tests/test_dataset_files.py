@@ -22,7 +22,9 @@ import pytest
 from backports import zstd
 from kits.house import ROOT
 
+from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.formats.opening import Inputs, open_source
+from queue_api.datasets.row_selection import RowSelection
 from queue_api.wire.errors import (
     BatchmillError,
     ConfigurationError,
@@ -80,6 +82,15 @@ def test_files_are_one_sequence_in_the_order_given(tmp_path: Path) -> None:
     write(b, "b1", "b3")
     with closing(open_source([b, a])) as source:
         assert source.identity() != before
+
+
+def test_rows_of_several_files_can_be_chosen_among(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{i}.jsonl", f"{i}a", f"{i}b") for i in range(3)]
+    source = ChosenSource(open_source(files), RowSelection(limit=3, shuffle=True))
+    with closing(source):
+        found = [(record.row, record.read["prompt"]) for record in source.records()]
+    assert found == [(row, f"{row // 2}{'ab'[row % 2]}") for row, _ in found]
+    assert len(found) == 3
 
 
 def test_a_pattern_is_its_files_sorted_without_the_output(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ class ChosenSource(RowSource):
                 f"{whole.name} can be read only once, and so can't be {what}: write it into a file "
                 "first, or sample a percentage"
             )
-        super().__init__(whole.data)
         self._whole = whole
         self._selection = selection
         self._numbers = numbers
