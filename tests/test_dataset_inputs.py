@@ -18,6 +18,7 @@ from kits.input_files import FILES, InputFile
 
 from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import run_dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import DatasetError
@@ -87,6 +88,7 @@ def test_every_row_is_asked_once_or_said_to_be_wrong(
                 tmp_path / file.name,
                 output,
                 format=file.format or None,
+                layout=Layout(**file.layout),
                 warn=lambda _: None,
             )
 

@@ -13,7 +13,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -39,12 +39,15 @@ class InputFile:
     """What an error says, of the file or of the first wrong row."""
     refused: bool = False
     """Whether the file as a whole is: exit code 2."""
+    layout: dict[str, str] = field(default_factory=dict)
+    """Where the prompt is: parameters of Layout."""
     format: str = ""
 
     @property
     def options(self) -> str:
         """As on the command line."""
-        return f"--format {self.format}" if self.format else ""
+        given = {**self.layout, **({"format": self.format} if self.format else {})}
+        return " ".join(f"--{name.replace('_', '-')} '{value}'" for name, value in given.items())
 
 
 Rows = Sequence[dict[str, Any]]
@@ -137,10 +140,38 @@ CHAT = [
     {"role": "assistant", "content": "I."},
     {"role": "user", "content": "Why?"},
 ]
+SHARE = [
+    {"from": "human", "value": "Who?"},
+    {"from": "gpt", "value": "I."},
+    {"from": "human", "value": "Why?"},
+    {"from": "gpt", "value": "So."},
+]
 TASKS = [
     {"instruction": "Add.", "input": "2 and 3", "output": "5"},
     {"instruction": "Say hello.", "input": "", "output": "hello"},
 ]
+BATCH_BODY = {
+    "model": "gpt-4o-mini",
+    "messages": CHAT,
+    "max_completion_tokens": 20,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "n": 1,
+    "stop": ["\n\n"],
+    "seed": 7,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {"50": -1},
+    "logprobs": True,
+    "top_logprobs": 2,
+    "user": "u1",
+    "metadata": {"k": "v"},
+    "stream": False,
+}
+
+
+def batch_line(key: str, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"custom_id": key, "method": "POST", "url": url, "body": body}
 
 
 QUOTED = [
@@ -208,11 +239,75 @@ FILES: tuple[InputFile, ...] = (
     ),
     InputFile(
         "alpaca_data.json",
+        "Alpaca: `instruction`, `input`, `output`",
+        array("alpaca_data.json", TASKS, 1),
+        ("Add. 2 and 3", "Say hello. "),
+        layout={"template": "{{ instruction }} {{ input }}"},
+    ),
+    InputFile(
+        "alpaca_data.json",
         "the same without an option",
         array("alpaca_data.json", TASKS, 1),
         (),
         "'input', 'instruction', 'output'",
         refused=True,
+    ),
+    InputFile(
+        "seed_tasks.jsonl",
+        "self-instruct: `instruction`, `instances`",
+        lines(
+            "seed_tasks.jsonl",
+            [
+                {
+                    "id": "seed_0",
+                    "instruction": "Add.",
+                    "instances": [{"input": "", "output": "x"}],
+                },
+                {"id": "seed_1", "instruction": "Go.", "instances": []},
+            ],
+        ),
+        ("Add.", "Go."),
+        layout={"prompt_column": "instruction"},
+    ),
+    InputFile(
+        "dolly.jsonl",
+        "Dolly: `instruction`, `context`, `response`",
+        lines(
+            "dolly.jsonl",
+            [
+                {"instruction": "Who?", "context": "I did.", "response": "I", "category": "qa"},
+                {"instruction": "Why?", "context": "", "response": "So", "category": "qa"},
+            ],
+        ),
+        ("I did. Who?", "Why?"),
+        layout={"template": "{% if context %}{{ context }} {% endif %}{{ instruction }}"},
+    ),
+    InputFile(
+        "gsm8k.jsonl",
+        "GSM8K: `question`, `answer`",
+        lines("gsm8k.jsonl", [{"question": "2+3?", "answer": "#### 5"}]),
+        ("2+3?",),
+        layout={"prompt_column": "question"},
+    ),
+    InputFile(
+        "question.jsonl",
+        "MT-bench: `turns`, the first of them",
+        lines(
+            "question.jsonl",
+            [{"question_id": 81, "category": "writing", "turns": ["Write.", "Shorter."]}],
+        ),
+        ("Write.",),
+        layout={"template": "{{ turns[0] }}"},
+    ),
+    InputFile(
+        "samples.jsonl",
+        "lm-evaluation-harness: `doc`, `arguments`",
+        lines(
+            "samples.jsonl",
+            [{"doc_id": 0, "doc": {"q": "2+3?"}, "arguments": [["Q: 2+3?", {"until": []}]]}],
+        ),
+        ("Q: 2+3?",),
+        layout={"template": "{{ arguments[0][0] }}"},
     ),
     InputFile(
         "HumanEval.jsonl.gz",
@@ -223,7 +318,28 @@ FILES: tuple[InputFile, ...] = (
         ),
         ("def f():\n",),
     ),
+    InputFile(
+        "sharegpt.json",
+        "ShareGPT: `conversations` of `from` and `value`",
+        array("sharegpt.json", [{"id": "c0", "conversations": SHARE}]),
+        ("Why?",),
+        layout={"messages_column": "conversations"},
+    ),
     InputFile("chats.jsonl", "`messages`", lines("chats.jsonl", [{"messages": CHAT}]), ("Why?",)),
+    InputFile(
+        "batch.jsonl",
+        "OpenAI's batch lines, every field",
+        lines(
+            "batch.jsonl",
+            [
+                batch_line("r-1", "/v1/chat/completions", BATCH_BODY),
+                batch_line("r-2", "/v1/completions", {"model": "m", "prompt": "Hi", "best_of": 1}),
+                batch_line("r-3", "/v1/embeddings", {"model": "m", "input": "Hi"}),
+            ],
+        ),
+        ("Why?", "Hi", None),
+        "/v1/embeddings",
+    ),
     InputFile(
         "table.csv",
         "CSV with quotes and line breaks",
@@ -312,6 +428,16 @@ FILES: tuple[InputFile, ...] = (
             )
         ),
         ("Why?",),
+    ),
+    InputFile(
+        "truthful_qa",
+        "a folder of Parquet shards, as the Hub has them",
+        parquet(
+            ("truthful_qa/data/validation-00000-of-00002.parquet", [{"question": "Who?"}]),
+            ("truthful_qa/data/validation-00001-of-00002.parquet", [{"question": "Why?"}]),
+        ),
+        ("Who?", "Why?"),
+        layout={"prompt_column": "question"},
     ),
     InputFile(
         "splits",
