@@ -1,0 +1,152 @@
+"""Kills all of a dataset run, again and again, and compares its end with an undisturbed run's.
+
+Client, workers and the private Redis with its data die at random moments of SIGKILL; the same
+command goes on. At the end the certificates of both outputs must say the same `content`, and
+`batchmill verify` must find nothing.
+
+    python -m benchmarks.dataset_kills [--rows 20000] [--kills 3] [--seed 0] [--model echo:]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import parquet
+
+from benchmarks.children import environment, module
+
+PATIENCE_S = 600
+WORDS = ("anchor", "basket", "cave", "forest", "harbor", "lion", "mirror", "orange", "river")
+Command = list[str]
+
+
+def rows(count: int, draw: random.Random) -> list[dict[str, Any]]:
+    return [
+        {"id": f"q{i}", "prompt": " ".join(draw.choices(WORDS, k=4)), "seed": i}
+        for i in range(count)
+    ]
+
+
+def write_lines(path: Path, made: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def batch_line(row: dict[str, Any]) -> dict[str, Any]:
+    body = {"model": "m", "prompt": row["prompt"], "max_tokens": 8, "seed": row["seed"]}
+    return {"custom_id": row["id"], "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def inputs_and_outputs(folder: Path, count: int, seed: int) -> dict[str, tuple[Path, str, Command]]:
+    """By format: the input, the output's name, and the options that it takes."""
+    made = rows(count, random.Random(seed))
+    table = folder / "in.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(made), table)
+    return {
+        "JSON Lines": (write_lines(folder / "in.jsonl", made), "out.jsonl", []),
+        "Parquet": (table, "out.parquet", ["--part-rows", "3000"]),
+        "OpenAI batch": (
+            write_lines(folder / "batch.jsonl", [batch_line(row) for row in made]),
+            "out-batch.jsonl",
+            ["--output-format", "openai"],
+        ),
+    }
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that it started, in whatever group they are."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has just ended
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for each in found:
+        found += children.get(each, [])
+    return found
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    for pid in descendants(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def start(command: Command, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as told:
+        return subprocess.Popen(command, env=environment(), stderr=told, stdout=told)
+
+
+def run_to_the_end(command: Command, log: Path) -> None:
+    if start(command, log).wait(PATIENCE_S) != 0:
+        sys.exit(f"{' '.join(command)} failed: {log.read_text()[-2000:]}")
+
+
+def content_of(output: Path) -> str:
+    certificate = json.loads(output.with_name(f"{output.name}.certificate.json").read_text())
+    return str(certificate["content"])
+
+
+def disturbed(command: Command, log: Path, undisturbed_s: float, kills: int, seed: int) -> int:
+    """Run it, killed so often, and at last to its end; how many of the kills met it underway."""
+    draw, met = random.Random(seed), 0
+    while met < kills:
+        process = start(command, log)
+        try:
+            process.wait(draw.uniform(0.2, 0.8) * undisturbed_s)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            met += 1
+        else:
+            break
+    run_to_the_end(command, log)
+    return met
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="echo:")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, log = Path(scratch), Path(scratch) / "log"
+        cases = inputs_and_outputs(folder, args.rows, args.seed)
+        for name, (source, output, options) in cases.items():
+
+            def command(to: Path, source: Path = source, options: Command = options) -> Command:
+                model = ["--model", args.model, "--workers", "2", "--max-tokens", "8"]
+                return module("batchmill", "run", str(source), "-o", str(to), *options, *model)
+
+            whole, broken = folder / f"whole-{output}", folder / f"broken-{output}"
+            began = time.perf_counter()
+            run_to_the_end(command(whole), log)
+            took_s = time.perf_counter() - began
+            met = disturbed(command(broken), log, took_s, args.kills, args.seed)
+            for each in (whole, broken):
+                run_to_the_end(module("batchmill", "verify", str(each)), log)
+            if content_of(whole) != content_of(broken):
+                sys.exit(f"{name}: the outputs differ")
+            print(f"{name}: {args.rows:,} rows, killed {met} times, the same content", flush=True)
+
+
+if __name__ == "__main__":
+    main()
