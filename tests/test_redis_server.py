@@ -7,6 +7,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,8 +102,32 @@ def test_it_ends_when_its_parent_is_killed() -> None:
     until(lambda: not alive(pid))
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """One with room for a socket's path, which tmp_path may not have."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t-") as folder:
+        yield Path(folder)
+
+
+def test_it_starts_where_temporary_files_have_long_paths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert tempfile.gettempdir() == str(folder)
+    with EmbeddedRedis() as server:
+        assert connect(server.url).ping()
+        private = Path(server.url.removeprefix("unix://")).parent
+    assert not private.exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_what_a_killed_owner_left_is_swept_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
+def test_what_a_killed_owner_left_is_swept_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path
+) -> None:
+    tmp_path = short_folder
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     foreign = tmp_path / "batchmill-redis-of-somebody"

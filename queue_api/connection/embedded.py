@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 FOLDER_PREFIX = "batchmill-redis-"
+SOCKET_NAME = "redis.sock"
+LONGEST_SOCKET_PATH = 103
+"""Bytes that every system takes; Linux takes four more."""
+SHORT_PLACE = "/tmp"
 OWNER_LOCK = "owner.lock"
 """Locked for as long as whoever made the folder lives."""
 BUNDLED = {
@@ -134,10 +138,10 @@ class EmbeddedRedis:
         return f"exit code {code}: {''.join(said)}"
 
     def __enter__(self) -> EmbeddedRedis:
-        # the socket is never in the user's folder: its path may be too long for one (108 bytes)
+        # the socket is never in the user's folder: its path may be too long for one
         _sweep_abandoned()
         self._pid = os.getpid()
-        self._private = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self._private = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_place()))
         try:
             self._lock = _mark_owned(self._private)
             self.start()
@@ -199,7 +203,7 @@ class EmbeddedRedis:
 
     @property
     def _socket(self) -> Path:
-        return self._folder / "redis.sock"
+        return self._folder / SOCKET_NAME
 
     @property
     def _log(self) -> Path:
@@ -259,6 +263,14 @@ class EmbeddedRedis:
             process.wait()
 
 
+def _place() -> str:
+    """Where the private folders are: where temporary files are, unless a socket's path would be too
+    long there, as it may be where the system gives each user or job a folder of its own."""
+    usual = tempfile.gettempdir()
+    longest = Path(usual) / f"{FOLDER_PREFIX}{'x' * 8}" / SOCKET_NAME
+    return usual if len(os.fsencode(longest)) <= LONGEST_SOCKET_PATH else SHORT_PLACE
+
+
 def _mark_owned(folder: Path) -> int:
     """Lock the folder as in use; returns the descriptor that holds the lock."""
     made = folder / f"{OWNER_LOCK}.new"
@@ -270,7 +282,7 @@ def _mark_owned(folder: Path) -> int:
 
 def _sweep_abandoned() -> None:
     """Remove folders whose owner was killed and couldn't; ours only, and none without a lock."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+    for folder in Path(_place()).glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError):  # in use, somebody else's, or gone meanwhile
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
