@@ -10,6 +10,7 @@ from pathlib import Path
 from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import Row, RowParser
 from queue_api.datasets.first_look import FirstLook
+from queue_api.datasets.formats.object_source import Rows
 from queue_api.datasets.formats.opening import Inputs, open_source
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.layout.layout import Layout
@@ -22,7 +23,7 @@ __all__ = ["DatasetInput"]
 
 
 class DatasetInput:
-    """Files, a pipe or, as `-`, the standard input, and their records in an event loop; the
+    """Files, a pipe, the standard input or rows, and their records in an event loop; the
     parameters are open_source's.
 
     :raises DatasetError: they can't be opened
@@ -31,7 +32,7 @@ class DatasetInput:
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: Inputs | Rows,
         *,
         format: str | None = None,  # noqa: A002 - as on the command line
         output: Path | str = "",

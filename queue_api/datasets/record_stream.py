@@ -99,7 +99,8 @@ class RecordStream:
             return
         self._is_closed = True
         self._free.release()
-        while self._thread.is_alive():
+        # else the thread waits in somebody's code; it ends when that has done, or with the process
+        while self._thread.is_alive() and self._source.can_interrupt:
             self._source.interrupt()
             await asyncio.to_thread(self._thread.join, 1)
 

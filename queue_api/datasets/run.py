@@ -26,6 +26,8 @@ from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.memory_sink import MemorySink
+from queue_api.datasets.formats.object_source import Rows
 from queue_api.datasets.formats.opening import Inputs, open_source
 from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.output_options import OutputOptions
@@ -232,8 +234,8 @@ class Dataset:
 
 @asynccontextmanager
 async def open_dataset(
-    input: Inputs,  # noqa: A002 - as on the command line
-    output: Path | str,
+    input: Inputs | Rows,  # noqa: A002 - as on the command line
+    output: Path | str | None,
     *,
     defaults: SamplingParams | None = None,
     run: str | None = None,
@@ -260,16 +262,11 @@ async def open_dataset(
     if ordered and selection is not None and selection.shuffle:
         raise ConfigurationError("--ordered is the input's order, --shuffle another: give one")
     _check_defaults(defaults)
-    data = DatasetInput(input, format=format, output=output, selection=selection)
+    data = DatasetInput(input, format=format, output=output or "", selection=selection)
     source = data.source
     try:
         outputs, warn = outputs or OutputOptions(), warn or logger.warning
-        _check_apart(source, output)
-        if layout.turns_column is not None:
-            _check_turns(source, output)
-        if errors := outputs.errors_of(output):
-            _check_apart(source, errors)
-        sink = open_sink(output, outputs, schema=partial(_schema_of, source, layout), warn=warn)
+        sink = _sink(source, output, layout, outputs, warn)
         mark = _fingerprint(data.chosen, output, defaults, model, layout)
         dataset = Dataset(
             data,
@@ -301,10 +298,30 @@ async def open_dataset(
         await data.close()
 
 
+def _sink(
+    source: RowSource,
+    output: Path | str | None,
+    layout: Layout,
+    outputs: OutputOptions,
+    warn: Callable[[str], None],
+) -> RowSink:
+    """:raises DatasetError: the output can't be written, or is the input"""
+    if output is None:
+        if layout.turns_column is not None:
+            raise DatasetError("several turns are several passes: give an output")
+        return MemorySink()
+    _check_apart(source, output)
+    if layout.turns_column is not None:
+        _check_turns(source, output)
+    if errors := outputs.errors_of(output):
+        _check_apart(source, errors)
+    return open_sink(output, outputs, schema=partial(_schema_of, source, layout), warn=warn)
+
+
 async def run_dataset(
     client: Client,
-    input: Inputs,  # noqa: A002 - as on the command line
-    output: Path | str,
+    input: Inputs | Rows,  # noqa: A002 - as on the command line
+    output: Path | str | None = None,
     *,
     defaults: SamplingParams | None = None,
     run: str | None = None,
@@ -325,13 +342,18 @@ async def run_dataset(
     on_progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> RunSummary:
-    """Generate for each row of a file, or of several, and append it, answered, to another.
+    """Generate for each row of a file, or of several, and append it, answered, to another; or for
+    each of rows that are given, and give them back as `output` of the summary.
 
     Doing it again with the same input, output and defaults after any crash goes on where it
     stopped. At most `window` requests are in Redis at a time. A row that is wrong becomes a row
     with an `error`. `-` is stdin or stdout. Formats and columns are in docs/datasets.md.
 
-    :param input: files, patterns, folders, addresses that fsspec knows, or, alone, a pipe
+    :param input: files, patterns, folders, addresses that fsspec knows, or, alone, a pipe; or
+        mappings, iterated over in another thread, or asynchronously, unless they are a list; or a
+        table of pandas, Polars, Arrow or `datasets`
+    :param output: None: the rows are given back, in order, as a table of the input's kind or a list
+        of dicts; all of them are in memory, and lost with the process
     :param format: what the input is in, such as `"txt"`; None: its content tells
     :param fields: the columns that are read as fields of their requests, besides `id`, `prompt`
         and `messages`; all others come back untouched. None: all that have the name of a field
@@ -368,7 +390,7 @@ async def run_dataset(
         warn=warn,
     )
     async with opened as dataset:
-        return await dataset.run(
+        summary = await dataset.run(
             client,
             queue=queue,
             chunk_size=chunk_size,
@@ -378,6 +400,9 @@ async def run_dataset(
             cache_scope=cache_scope,
             on_progress=on_progress,
         )
+        if isinstance(dataset.sink, MemorySink):
+            summary.output = dataset.sink.given_back(input)
+        return summary
 
 
 def dataset_run_id(
@@ -415,13 +440,15 @@ def _run_id(source: RowSource, mark: str) -> str:
 
 def _fingerprint(
     source: RowSource,
-    output: Path | str,
+    output: Path | str | None,
     defaults: SamplingParams | None,
     model: str,
     layout: Layout,
 ) -> str:
     """Of the files and options. The input's size, time and samples stand for its content."""
-    parts = [str(output) if output == "-" else os.path.realpath(output)]
+    # rows that are given back are nobody else's: no run of before is gone on with
+    where = uuid4().hex if output is None else output
+    parts = [str(where) if output in ("-", None) else os.path.realpath(where)]
     parts.append((defaults or SamplingParams()).model_dump_json(exclude_unset=True))
     parts += layout.identity()
     if model:

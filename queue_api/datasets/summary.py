@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.wire.schemas import FinishReason, GenerationResult
@@ -84,6 +85,8 @@ class RunSummary:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
+    output: Any = None
+    """The rows, where no file was asked for."""
     queue_s: Quantiles = field(default_factory=Quantiles)
     time_to_first_token_s: Quantiles = field(default_factory=Quantiles)
     decode_s: Quantiles = field(default_factory=Quantiles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from queue_api.datasets.formats.arrow_source import ArrowSource
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
@@ -13,6 +14,7 @@ from queue_api.datasets.formats.data_files import local_files
 from queue_api.datasets.formats.joined_source import JoinedSource
 from queue_api.datasets.formats.json_source import JsonSource
 from queue_api.datasets.formats.jsonl_source import JsonLinesSource
+from queue_api.datasets.formats.object_source import Rows, is_table, source_of_object
 from queue_api.datasets.formats.parquet_source import ParquetSource
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.remote_input import (
@@ -26,7 +28,7 @@ from queue_api.datasets.formats.text_encoding import start_in_utf8
 from queue_api.datasets.formats.text_source import TextSource
 from queue_api.wire.errors import ConfigurationError, DatasetError
 
-__all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "open_source"]
+__all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "is_files", "open_source"]
 
 FORMATS: tuple[type[RowSource], ...] = (
     ParquetSource,
@@ -53,12 +55,13 @@ Inputs = Path | str | Sequence[Path | str]
 
 
 def open_source(
-    inputs: Inputs,
+    inputs: Inputs | Rows,
     *,
     format: str | None = None,  # noqa: A002 - as on the command line
     output: Path | str = "",
 ) -> RowSource:
-    """The rows of files, one after the other, of a pipe or, as `-`, of the standard input.
+    """The rows of files, one after the other, of a pipe or, as `-`, of the standard input; or rows
+    that are Python's.
 
     :param format: one of FORMAT_NAMES; None: what the content of each is
     :param output: what is written; where a pattern or folder has it, too, it is left out
@@ -67,15 +70,32 @@ def open_source(
     """
     if format is not None and format not in _NAMED:
         raise ConfigurationError(f"no format {format!r}: there are {', '.join(FORMAT_NAMES)}")
+    if is_files(inputs):
+        return _open_files(inputs, format, str(output))
+    if format is not None:
+        raise ConfigurationError("'format' is of files; the input is rows")
+    return source_of_object(inputs)
+
+
+def _open_files(inputs: Inputs, format: str | None, output: str) -> RowSource:  # noqa: A002
     given = [inputs] if isinstance(inputs, Path | str) else list(inputs)
     names = [local_path(str(each)) for each in given]
-    files = [file for name in names for file in _files_of(name, str(output))]
+    files = [file for name in names for file in _files_of(name, output)]
     if len(files) == 1:
         return _open_one(files[0], format)
     if not files:
         raise DatasetError("no input is given")
     _check_many(files)
     return JoinedSource(" ".join(names), files, lambda file: _open_one(file, format))
+
+
+def is_files(inputs: Inputs | Rows) -> TypeGuard[Inputs]:
+    """Whether they are names, and not rows themselves."""
+    if isinstance(inputs, Path | str):
+        return True
+    if not isinstance(inputs, Sequence) or isinstance(inputs, bytes):
+        return False
+    return not is_table(inputs) and all(isinstance(each, Path | str) for each in inputs)
 
 
 def _files_of(name: str, output: str) -> list[str]:

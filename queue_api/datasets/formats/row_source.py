@@ -108,6 +108,11 @@ class RowSource(ABC):
         """True if what is written there is read here."""
         return self.data.is_same_file(info)
 
+    @property
+    def can_interrupt(self) -> bool:
+        """False if `records` may wait for something that nobody can end."""
+        return True
+
     def interrupt(self) -> None:
         """Make a `records` that waits for input end; for other threads than its own."""
         self.data.interrupt()
