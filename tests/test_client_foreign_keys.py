@@ -54,7 +54,7 @@ def test_calls_of_the_same_moment_lose_the_one_whose_key_is_taken(
         async with Client(settings=settings) as client, answerer.answering():
             await client.generate("first")
             (first,) = connection.keys("rq:job:*-0")
-            connection.set(first.replace(b"-0", b"-2"), "somebody's")
+            connection.set(first.removesuffix(b"-0") + b"-2", "somebody's")
             return await asyncio.gather(*(client.generate(f"call {i}") for i in range(1, 5)))
 
     results = asyncio.run(asyncio.wait_for(main(), 60))
