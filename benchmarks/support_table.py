@@ -655,7 +655,7 @@ def render(everything: dict[str, Result]) -> str:
         f"selections, original positions), and grow past it. Slots are too few for all, so that "
         f"some texts are preempted, and each text is written again, resumed from a part of itself. "
         f"Where the two best tokens are a tie up to rounding, either is right"
-        f"{_otherwise(results)}.",
+        f"{_otherwise(everything)}.",
         "",
         f"**{exact} are token-identical in every cut** ({counts['packed']} packed, "
         f"{counts['single']} single, {counts['mixed']} some of each); {counts['refused']} are "

@@ -169,7 +169,8 @@ def test_text_is_generate_s_and_no_slot_leaks(name, num_stages, pipeline, events
             tested.reset_prefix_cache()
         else:
             prompt = PROMPTS[index]
-            generated = model.greedy(prompt, NEW)[:2] if event == "resume" else []
+            # not all of a short one: it would be done, and none to cancel
+            generated = model.greedy(prompt, NEW)[:-1][:2] if event == "resume" else []
             tested.add(f"{number}", requests([prompt], max_tokens=NEW)[0], generated=generated)
             known[f"{number}"] = index
         for _ in range(rounds):
