@@ -240,14 +240,14 @@ def test_a_worker_stopped_past_its_lease_changes_nothing_when_it_goes_on(connect
 
 
 def test_a_redis_out_of_memory_delays_but_loses_nothing(connection, start_worker):
-    # slow enough that most is still to come when there is no more room
+    # so much that most is still to come when there is no more room, however late we are
     worker = start_worker("echo:tokens=5,step_s=0.1", max_num_seqs=8)
-    submit(connection, "run", [f"w{i} x" for i in range(100)])
+    submit(connection, "run", [f"w{i} x" for i in range(300)])
     until(lambda: num_done(connection, "run") > 0)
     connection.config_set("maxmemory", "1mb")
     until(lambda: "takes no writes" in worker.said() or "couldn't be renewed" in worker.said())
     connection.config_set("maxmemory", "0")
-    assert {result.ok for result in completed(connection, "run", 100)} == {True}
+    assert {result.ok for result in completed(connection, "run", 300)} == {True}
     assert worker.process.poll() is None
 
 
