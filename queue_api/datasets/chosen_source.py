@@ -42,15 +42,12 @@ class ChosenSource(RowSource):
                 f"{whole.name} can be read only once, and so can't be {what}: write it into a file "
                 "first, or sample a percentage"
             )
+        super().__init__()
         self._whole = whole
         self._selection = selection
         self._numbers = numbers
         self._is_listed = selection.needs_count or numbers is not None
         self._is_interrupted = False
-
-    @classmethod
-    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return False
 
     @property
     def numbers(self) -> Sequence[int]:

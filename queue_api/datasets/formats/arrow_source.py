@@ -14,8 +14,8 @@ from queue_api.datasets.formats.arrow_records import (
     records_of,
     signs_of_damage,
 )
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.wire.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _NO_MORE = _STREAM + bytes(4)
 """What a whole stream ends with."""
 
 
-class ArrowSource(RowSource):
+class ArrowSource(ByteSource):
     """Record batches, one at a time; how large they are is up to who wrote them."""
 
     unit = "row"

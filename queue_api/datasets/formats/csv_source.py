@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.compression import name_inside
 from queue_api.datasets.formats.field_cells import FieldReader
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import start_in_utf8, utf8_blocks
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import DatasetError, InvalidRequestError
@@ -26,7 +26,7 @@ _NAME = re.compile(r"\w([\w .:/()#-]{0,62}[\w.)])?")
 _ROWS_LOOKED_AT = 5
 
 
-class CsvSource(RowSource):
+class CsvSource(ByteSource):
     """Rows of cells between commas, tabs, semicolons or bars, quoted by `"` where need be.
 
     Cells are texts, ids, too; an empty one is null. Those of a request's fields are read as JSON.

@@ -24,22 +24,25 @@ class JoinedSource(RowSource):
 
     :param name: what the user gave
     :param files: at least two, none of which is read only once
+    :param waits: whether one of them may have to wait for input to come
     """
 
     def __init__(
-        self, name: str, files: Sequence[str], open_one: Callable[[str], RowSource]
+        self,
+        name: str,
+        files: Sequence[str],
+        open_one: Callable[[str], RowSource],
+        *,
+        waits: bool,
     ) -> None:
+        super().__init__()
+        self._waits = waits
         self._name = name
         self._files = files
         self._open_one = open_one
         self._current: RowSource | None = None
-        self._before_waiting: Callable[[], None] = lambda: None
         self._begun: list[tuple[int, Callable[[int], str]]] = []
         """Of each file that has been read: the last number before it, and its `place`."""
-
-    @classmethod
-    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return False
 
     @property
     def name(self) -> str:
@@ -51,16 +54,7 @@ class JoinedSource(RowSource):
 
     @property
     def waits(self) -> bool:
-        with closing(self._open_one(self._files[0])) as source:
-            return source.waits
-
-    @property
-    def before_waiting(self) -> Callable[[], None]:
-        return self._before_waiting
-
-    @before_waiting.setter
-    def before_waiting(self, call: Callable[[], None]) -> None:
-        self._before_waiting = call
+        return self._waits
 
     def records(self) -> Iterator[Record]:
         before = 0

@@ -6,9 +6,9 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.json_record import JsonRecordReader
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_encoding import utf8_blocks
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.datasets.formats.unreadable import list_in_object
@@ -28,7 +28,7 @@ _QUOTE, _COMMA = ord('"'), ord(",")
 _OPENING, _CLOSING = b"[{", b"]}"
 
 
-class JsonSource(RowSource):
+class JsonSource(ByteSource):
     """The elements of one array or of several, or objects that take several lines each.
 
     An element is found by its brackets and read by itself, so one that is wrong is one wrong row.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.json_record import JsonRecordReader
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_lines import lines_of
 from queue_api.datasets.formats.unreadable import (
     check_format,
@@ -17,12 +17,8 @@ from queue_api.datasets.formats.unreadable import (
 __all__ = ["JsonLinesSource"]
 
 
-class JsonLinesSource(RowSource):
+class JsonLinesSource(ByteSource):
     """What is in no other format counts as JSON Lines, each line of which may be wrong."""
-
-    @classmethod
-    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return start.lstrip()[:1] in (b"{", b"")
 
     def records(self) -> Iterator[Record]:
         check_format(self.data.start(), self.name)

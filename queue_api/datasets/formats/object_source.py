@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
@@ -61,13 +61,6 @@ class _ObjectSource(RowSource):
 
     unit = "row"
 
-    def __init__(self) -> None:
-        self._before_waiting: Callable[[], None] = lambda: None
-
-    @classmethod
-    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return False
-
     @property
     def name(self) -> str:
         return "rows"
@@ -79,14 +72,6 @@ class _ObjectSource(RowSource):
     @property
     def waits(self) -> bool:
         return False
-
-    @property
-    def before_waiting(self) -> Callable[[], None]:
-        return self._before_waiting
-
-    @before_waiting.setter
-    def before_waiting(self, call: Callable[[], None]) -> None:
-        self._before_waiting = call
 
     def identity(self) -> list[str]:
         """All of the content: nothing else tells of an object."""

@@ -8,6 +8,7 @@ from typing import TypeGuard
 
 from queue_api.datasets.formats.arrow_source import ArrowSource
 from queue_api.datasets.formats.byte_input import ByteInput, open_bytes
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.compression import decompressed, name_inside
 from queue_api.datasets.formats.csv_source import CsvSource, TsvSource
 from queue_api.datasets.formats.data_files import local_files
@@ -30,7 +31,7 @@ from queue_api.wire.errors import ConfigurationError, DatasetError
 
 __all__ = ["FORMATS", "FORMAT_NAMES", "Inputs", "is_files", "open_source"]
 
-FORMATS: tuple[type[RowSource], ...] = (
+FORMATS: tuple[type[ByteSource], ...] = (
     ParquetSource,
     ArrowSource,
     TextSource,
@@ -38,7 +39,7 @@ FORMATS: tuple[type[RowSource], ...] = (
     CsvSource,
 )
 """What an input is compared with, in this order, before it is taken for JSON Lines."""
-_NAMED: dict[str, type[RowSource]] = {
+_NAMED: dict[str, type[ByteSource]] = {
     "jsonl": JsonLinesSource,
     "json": JsonSource,
     "csv": CsvSource,
@@ -86,7 +87,8 @@ def _open_files(inputs: Inputs, format: str | None, output: str) -> RowSource:  
     if not files:
         raise DatasetError("no input is given")
     _check_many(files)
-    return JoinedSource(" ".join(names), files, lambda file: _open_one(file, format))
+    waits = any(map(is_address, files))
+    return JoinedSource(" ".join(names), files, lambda file: _open_one(file, format), waits=waits)
 
 
 def is_files(inputs: Inputs | Rows) -> TypeGuard[Inputs]:
@@ -126,17 +128,13 @@ def _open_one(name: str, format: str | None) -> RowSource:  # noqa: A002
         raise
 
 
-class PipeSource(RowSource):
+class PipeSource(ByteSource):
     """An input whose first bytes, and so the format, may be long in coming."""
 
     def __init__(self, data: ByteInput, format: str | None) -> None:  # noqa: A002
         super().__init__(data)
         self._format = format
         self._known: RowSource | None = None
-
-    @classmethod
-    def fits(cls, start: bytes, name: str) -> bool:  # noqa: ARG003
-        return False
 
     def records(self) -> Iterator[Record]:
         self._known = _source_of(self.data, self._format)

@@ -14,8 +14,8 @@ from queue_api.datasets.formats.arrow_records import (
     records_of,
     signs_of_damage,
 )
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.wire.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ READ_BYTES = 2**18
 """Of each column so much is read at a time, not all that a row group has of it."""
 
 
-class ParquetSource(RowSource):
+class ParquetSource(ByteSource):
     """Row groups a bounded part at a time, however large they are."""
 
     unit = "row"

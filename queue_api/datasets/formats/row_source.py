@@ -1,4 +1,4 @@
-"""RowSource: the seam behind which a format of inputs stands."""
+"""RowSource: the seam behind which inputs stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from queue_api.datasets.formats.byte_input import ByteInput
 from queue_api.datasets.formats.record import Record
 
 if TYPE_CHECKING:
@@ -17,27 +16,17 @@ __all__ = ["RowSource"]
 
 
 class RowSource(ABC):
-    """Rows of an input in one format, in order, in bounded memory.
+    """Rows of an input, in order, in bounded memory.
 
-    A format is a class of this kind and its place in `opening.FORMATS`. What can't be read of one
-    row stands in that record's `error`; what ends all reading is raised as DatasetError.
+    What can't be read of one row stands in that record's `error`; what ends all reading is raised
+    as DatasetError.
     """
 
     unit = "line"
     """What `Record.number` counts."""
 
-    def __init__(self, data: ByteInput) -> None:
-        self.data = data
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, start: bytes, name: str) -> bool:
-        """True if an input that begins so, and is called so, is in this format.
-
-        :param start: at least the first line, or some thousand bytes, or all there is; unpacked,
-            and text in UTF-8
-        :param name: without a compression's suffix
-        """
+    def __init__(self) -> None:
+        self._before_waiting: Callable[[], None] = lambda: None
 
     @abstractmethod
     def records(self) -> Iterator[Record]:
@@ -49,28 +38,28 @@ class RowSource(ABC):
         """
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """As the user gave it."""
-        return self.data.name
 
     @property
+    @abstractmethod
     def is_repeatable(self) -> bool:
         """True if `records` can be had more than once."""
-        return self.data.is_repeatable
 
     @property
+    @abstractmethod
     def waits(self) -> bool:
         """True if `records` may have to wait for input to come."""
-        return self.data.waits
 
     @property
     def before_waiting(self) -> Callable[[], None]:
         """Called in the reading thread before it waits for more input to come."""
-        return self.data.before_waiting
+        return self._before_waiting
 
     @before_waiting.setter
     def before_waiting(self, call: Callable[[], None]) -> None:
-        self.data.before_waiting = call
+        self._before_waiting = call
 
     def place(self, number: int) -> str:
         """What to call the row with that number in a message."""
@@ -100,23 +89,23 @@ class RowSource(ABC):
         """
         return None
 
+    @abstractmethod
     def identity(self) -> list[str]:
-        """What tells this content from another, without reading all of it."""
-        return self.data.identity()
+        """What tells this content from another; of files, without reading all of them."""
 
+    @abstractmethod
     def is_same_file(self, info: os.stat_result) -> bool:
         """True if what is written there is read here."""
-        return self.data.is_same_file(info)
 
     @property
     def can_interrupt(self) -> bool:
         """False if `records` may wait for something that nobody can end."""
         return True
 
+    @abstractmethod
     def interrupt(self) -> None:
         """Make a `records` that waits for input end; for other threads than its own."""
-        self.data.interrupt()
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the input."""
-        self.data.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from queue_api.datasets.formats.byte_source import ByteSource
 from queue_api.datasets.formats.csv_source import is_table
 from queue_api.datasets.formats.record import Record
-from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES, lines_of
 from queue_api.wire.errors import InvalidRequestError
 
@@ -16,7 +16,7 @@ __all__ = ["TextSource"]
 _JSON = re.compile(rb'\s*(\{\s*["}]|\[\s*[{\]])')
 
 
-class TextSource(RowSource):
+class TextSource(ByteSource):
     """Each line is the column `prompt`; blank ones are left out."""
 
     @classmethod
