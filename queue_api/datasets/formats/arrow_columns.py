@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from queue_api.wire.errors import MissingExtraError
+from queue_api.datasets.formats.packages import import_pyarrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["ArrowColumns", "arrow", "as_text"]
+__all__ = ["ArrowColumns", "as_text"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +22,6 @@ MOST_LEVELS = 16
 LOOK_AT_ROWS = 500
 """To know the columns from."""
 _SCALARS = ("null", "bool", "int", "uint", "float", "halffloat", "double", "string", "large_string")
-
-
-def arrow() -> Any:
-    """The package.
-
-    :raises MissingExtraError: it isn't there
-    """
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise MissingExtraError(
-            "Parquet and Arrow need a package that isn't installed: pip install 'batchmill[files]'"
-        ) from None
-    return pa
 
 
 class ArrowColumns:
@@ -51,7 +37,7 @@ class ArrowColumns:
     def __init__(
         self, source: pa.Schema | None = None, warn: Callable[[str], None] = logger.warning
     ) -> None:
-        self._pa = arrow()
+        self._pa = import_pyarrow("a table")
         self._warn = warn
         self._own = _own_types(self._pa)
         self._of_source = _usable(self._pa, source)

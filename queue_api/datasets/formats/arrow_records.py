@@ -13,30 +13,15 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from queue_api.datasets.formats.record import RawJson, Record
-from queue_api.wire.errors import DatasetError, InvalidRequestError, MissingExtraError
+from queue_api.wire.errors import DatasetError, InvalidRequestError
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["check_batch", "check_names", "import_pyarrow", "records_of", "signs_of_damage"]
+__all__ = ["check_batch", "check_names", "records_of", "signs_of_damage"]
 
 MOST_ROWS = 1024
 """So many become Python's values at a time."""
-
-
-def import_pyarrow(name: str) -> Any:
-    """The package; imported when the first table comes.
-
-    :param name: of the input that needs it
-    :raises MissingExtraError: it isn't there
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError(
-            f"{name} needs pyarrow, which isn't installed: pip install 'batchmill[files]'"
-        ) from None
-    return pyarrow
 
 
 def check_names(schema: pyarrow.Schema, name: str) -> None:

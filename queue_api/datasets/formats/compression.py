@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 from queue_api.datasets.formats.byte_input import BLOCK_BYTES, START_BYTES, ByteInput, spooled
-from queue_api.wire.errors import DatasetError, MissingExtraError
+from queue_api.datasets.formats.packages import import_zstd
+from queue_api.wire.errors import DatasetError
 
 __all__ = ["Decompressed", "decompressed", "name_inside"]
 
@@ -58,16 +59,7 @@ class _Gunzip:
 
 def _unzstd() -> _Decompressor:
     """:raises MissingExtraError: the package isn't there"""
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise MissingExtraError(
-            "zstd needs a package that isn't installed: pip install 'batchmill[files]'"
-        ) from None
-    made: _Decompressor = zstd.ZstdDecompressor()
+    made: _Decompressor = import_zstd().ZstdDecompressor()
     return made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from queue_api.datasets.formats.arrow_columns import arrow
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.part_sink import PartSink
 
 if TYPE_CHECKING:
@@ -30,22 +30,24 @@ class DatasetsSink(PartSink):
     @staticmethod
     def write_part(path: Path, table: pa.Table) -> None:
         # the form without a table of contents, which is the one that `datasets` maps
-        new_stream = arrow().ipc.new_stream
-        with arrow().OSFile(str(path), "wb") as file, new_stream(file, table.schema) as stream:
+        pa = import_pyarrow(path.name)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table, max_chunksize=BATCH_ROWS)
 
     @staticmethod
     def read_part(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        with arrow().memory_map(str(path)) as file, arrow().ipc.open_stream(file) as stream:
+        pa = import_pyarrow(path.name)
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             there = stream.schema
             wanted = [n for n in there.names if columns is None or n in columns]
             yield there.empty_table().select(wanted)
             for batch in stream:
-                yield arrow().Table.from_batches([batch]).select(wanted)
+                yield pa.Table.from_batches([batch]).select(wanted)
 
     @staticmethod
     def schema_of(path: Path) -> pa.Schema:
-        with arrow().memory_map(str(path)) as file, arrow().ipc.open_stream(file) as stream:
+        pa = import_pyarrow(path.name)
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             return stream.schema
 
     def describe(self, parts: Sequence[str]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, BinaryIO
 
-from queue_api.wire.errors import MissingExtraError
+from queue_api.datasets.formats.packages import import_zstd
 
 __all__ = ["DamagedMemberError", "LineCodec", "codec_of"]
 
@@ -146,16 +145,7 @@ class ZstdFrames(PackedLines):
     magic = b"\x28\xb5\x2f\xfd"
 
     def __init__(self) -> None:
-        try:
-            if sys.version_info >= (3, 14):
-                from compression import zstd
-            else:
-                from backports import zstd
-        except ImportError:
-            raise MissingExtraError(
-                "zstd needs a package that isn't installed: pip install 'batchmill[files]'"
-            ) from None
-        self._zstd = zstd
+        self._zstd = zstd = import_zstd()
         self.error = zstd.ZstdError
         self.start = self.pack(b"")
 

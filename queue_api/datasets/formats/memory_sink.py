@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from queue_api.datasets.formats.arrow_records import import_pyarrow
 from queue_api.datasets.formats.json_record import JsonRecordReader
 from queue_api.datasets.formats.object_source import library_of
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.row_sink import (
     MadeRow,
     OutputFile,

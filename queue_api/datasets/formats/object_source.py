@@ -11,8 +11,9 @@ from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
-from queue_api.datasets.formats.arrow_records import check_names, import_pyarrow, records_of
+from queue_api.datasets.formats.arrow_records import check_names, records_of
 from queue_api.datasets.formats.json_record import JsonRecordReader
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.wire.errors import DatasetError, InvalidRequestError

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from queue_api.datasets.formats.arrow_columns import arrow
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.part_sink import PartSink
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ParquetSink(PartSink):
             is_empty = True
             for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
                 is_empty = False
-                yield arrow().Table.from_batches([batch])
+                yield import_pyarrow(path.name).Table.from_batches([batch])
             if is_empty:
                 yield file.read(columns=wanted)
 

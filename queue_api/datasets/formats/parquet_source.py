@@ -10,11 +10,11 @@ from queue_api.datasets.formats.arrow_records import (
     MOST_ROWS,
     check_batch,
     check_names,
-    import_pyarrow,
     records_of,
     signs_of_damage,
 )
 from queue_api.datasets.formats.byte_source import ByteSource
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.record import Record
 from queue_api.wire.errors import DatasetError
 

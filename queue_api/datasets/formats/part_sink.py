@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from queue_api.datasets.formats.arrow_columns import ArrowColumns, arrow
+from queue_api.datasets.formats.arrow_columns import ArrowColumns
 from queue_api.datasets.formats.jsonl_sink import LEAST_FREE_BYTES, sync_folder
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.row_journal import RowJournal
 from queue_api.datasets.formats.row_sink import (
     MadeRow,
@@ -80,7 +81,7 @@ class PartSink(RowSink):
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
         super().__init__(str(path))
-        self._pa = arrow()
+        self._pa = import_pyarrow(self.name)
         self._folder = Path(os.path.realpath(path))
         self._part_rows = part_rows
         self._columns = ArrowColumns(schema, warn)

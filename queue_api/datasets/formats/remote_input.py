@@ -20,6 +20,7 @@ from queue_api.datasets.formats.byte_input import (
     spooled,
 )
 from queue_api.datasets.formats.data_files import Folder, chosen_files
+from queue_api.datasets.formats.packages import import_fsspec
 from queue_api.wire.errors import BatchmillError, DatasetError, MissingExtraError
 
 __all__ = ["RemoteInput", "is_address", "local_path", "remote_files"]
@@ -124,12 +125,7 @@ def _reach(address: str) -> tuple[Any, str]:
     :raises DatasetError: there is none
     """
     name = _shown(address)
-    try:
-        import fsspec
-    except ImportError:
-        raise MissingExtraError(
-            f"{name} needs fsspec, which isn't installed: pip install 'batchmill[files]'"
-        ) from None
+    fsspec = import_fsspec(name)
     with _told(name):
         try:
             files, path = fsspec.url_to_fs(address)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from queue_api.datasets.formats.arrow_columns import arrow
 from queue_api.datasets.formats.datasets_sink import DatasetsSink
 from queue_api.datasets.formats.digests import content_digest, line_digest, short_of
 from queue_api.datasets.formats.errors_sink import ErrorRowsSink
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.line_codec import DamagedMemberError, codec_of
 from queue_api.datasets.formats.openai_sink import BatchLinesSink
+from queue_api.datasets.formats.packages import import_pyarrow
 from queue_api.datasets.formats.parquet_sink import ParquetSink
 from queue_api.datasets.formats.part_sink import LEDGER_COLUMNS, PartSink
 from queue_api.datasets.formats.row_sink import written_row
@@ -99,7 +99,7 @@ def _seen(kind: type[JsonLinesSink], line: bytes, place: str) -> SeenRow | Fault
 
 
 def _parts(kind: type[PartSink], folder: Path) -> Iterator[SeenRow | SeenFile | Fault]:
-    refusals = (arrow().ArrowException, ValueError, KeyError, OSError)
+    refusals = (import_pyarrow(folder.name).ArrowException, ValueError, KeyError, OSError)
     for path in sorted(entry for entry in folder.iterdir() if kind.is_part(entry.name)):
         try:
             for table in kind.read_part(path, LEDGER_COLUMNS):
