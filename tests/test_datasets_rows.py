@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from queue_api.datasets.columns import OUTPUT_COLUMNS, REQUEST_COLUMNS, Row, RowParser, output_row
+from queue_api.datasets.columns import REQUEST_COLUMNS, Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.json_record import JsonRecordReader, dump_row
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
 from queue_api.datasets.formats.row_sink import MadeRow
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import DatasetError, InvalidRequestError, RequestError

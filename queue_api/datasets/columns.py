@@ -14,6 +14,7 @@ from queue_api.datasets.fingerprint import (
     unread_fingerprint,
 )
 from queue_api.datasets.foreign_columns import ColumnNotices
+from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
 from queue_api.datasets.formats.record import RawJson, Record
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.layout.reader import LayoutReader, Reading
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from queue_api.datasets.turns import TurnPass
 
 __all__ = [
-    "OUTPUT_COLUMNS",
     "REQUEST_COLUMNS",
     "Row",
     "RowParser",
@@ -47,28 +47,6 @@ REQUEST_COLUMNS = frozenset(
     {*GenerationRequest.model_fields, *SAMPLING_FIELDS} - {"metadata"}
 )
 ALWAYS_READ = frozenset({"id", "prompt", "messages"})
-OUTPUT_COLUMNS = (
-    "row",
-    "text",
-    "turn_texts",
-    "token_ids",
-    "logprobs",
-    "prompt_logprobs",
-    "outputs",
-    "structured_output",
-    "applied_defaults",
-    "finish_reason",
-    "usage",
-    "timings",
-    "model",
-    "model_revision",
-    "worker",
-    "attempt",
-    "error",
-    "error_code",
-    "fingerprint",
-)
-"""What an output row has besides its input columns."""
 RAW = "batchmill.json"
 """Key of an object that stands for the JSON text in it, where columns travel as metadata."""
 _NO_NUMBER = {RAW: "null"}

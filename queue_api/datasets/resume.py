@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from queue_api.datasets.columns import OUTPUT_COLUMNS, RowParser
+from queue_api.datasets.columns import RowParser
 from queue_api.datasets.formats.maker import Maker
+from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.store.bitmap import Bitmap

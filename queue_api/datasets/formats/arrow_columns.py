@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from queue_api.datasets.formats.output_columns import ALWAYS_THERE
 from queue_api.datasets.formats.packages import import_pyarrow
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class ArrowColumns:
         """The columns that any row has had."""
         if not self._types:
             self._types = {"id": self._pa.string()}
-            self._types |= {name: self._own[name] for name in _ALWAYS_THERE}
+            self._types |= {name: self._own[name] for name in ALWAYS_THERE}
         return self._pa.schema(list(self._types.items()))
 
     @property
@@ -273,22 +274,6 @@ def _refusals(pa: Any) -> tuple[type[Exception], ...]:
     return (pa.ArrowException, TypeError, ValueError, OverflowError, KeyError)
 
 
-_ALWAYS_THERE = (
-    "row",
-    "text",
-    "finish_reason",
-    "usage",
-    "timings",
-    "model",
-    "model_revision",
-    "worker",
-    "attempt",
-    "error",
-    "error_code",
-    "fingerprint",
-)
-
-
 def _own_types(pa: Any) -> dict[str, Any]:
     """Of the columns that a run adds: fixed, whatever the first rows say."""
     text, integer, number = pa.string(), pa.int64(), pa.float64()
@@ -328,7 +313,7 @@ def _usable(pa: Any, schema: Any) -> dict[str, Any]:
     return {
         name: kind
         for name, kind in found.items()
-        if name not in _ALWAYS_THERE and (_is_plain(pa, kind) or _in_json(pa, kind) != kind)
+        if name not in ALWAYS_THERE and (_is_plain(pa, kind) or _in_json(pa, kind) != kind)
     }
 
 

@@ -152,7 +152,8 @@ class ZstdFrames(PackedLines):
     def pack(self, lines: bytes) -> bytes:
         # with a checksum, so that a byte that changed is told when it is unpacked
         options = {int(self._zstd.CompressionParameter.checksum_flag): 1}
-        return self._zstd.compress(lines, options=options)
+        packed: bytes = self._zstd.compress(lines, options=options)
+        return packed
 
     def new(self) -> Any:
         return self._zstd.ZstdDecompressor()
