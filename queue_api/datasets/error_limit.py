@@ -53,25 +53,23 @@ class ErrorLimit:
 class ErrorWatch:
     """Looks at rows as they come; an error limit of None is never reached."""
 
-    def __init__(self, limit: ErrorLimit | None, before: int = 0) -> None:
-        """:param before: rows with errors that were there already"""
+    def __init__(self, limit: ErrorLimit | None) -> None:
         self._limit = limit
-        self._errors, self._rows = before, before
         self._last: deque[bool] = deque(maxlen=WINDOW_ROWS)
 
     def note(self, *, is_error: bool) -> None:
-        """Count a row."""
-        if self._limit is not None:
-            self._errors += is_error
-            self._rows += 1
-            self._last.append(is_error)
+        """Look at the next row."""
+        self._last.append(is_error)
 
-    def exceeded(self) -> str:
-        """What to say if it isn't worth going on; else nothing."""
+    def exceeded(self, errors: int, rows: int) -> str:
+        """What to say if it isn't worth going on; else nothing.
+
+        :param errors: of all rows so far
+        """
         if self._limit is None:
             return ""
-        if self._limit.rows is not None:
-            return self._limit.exceeded(self._errors, self._rows)
+        if self._limit.share is None:
+            return self._limit.exceeded(errors, rows)
         if len(self._last) < ENOUGH_ROWS:
             return ""
         return self._limit.exceeded(sum(self._last), len(self._last))

@@ -83,7 +83,7 @@ class DatasetRun:
         self._numbers = RowNumbers(data)
         self._parser = parser
         self._window = max(window, opened.chunk_size)
-        self._errors = ErrorWatch(limit, sink.errors)
+        self._errors = ErrorWatch(limit)
         self._cache = cache
         self._maker = next(iter(makers)) if len(set(makers)) == 1 else None
         """The one model that the workers have, if they have one."""
@@ -367,7 +367,7 @@ class DatasetRun:
 
     def _check_errors(self) -> None:
         """:raises RowsFailedError: so many of the rows have errors that it isn't worth going on"""
-        if told := self._errors.exceeded():
+        if told := self._errors.exceeded(*self.summary.errors_of_rows):
             raise RowsFailedError(f"{told}; the rest isn't asked for")
 
     def _tell(self, *, final: bool = False) -> None:

@@ -98,13 +98,19 @@ class RunSummary:
         return self.completion_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
     @property
+    def errors_of_rows(self) -> tuple[int, int]:
+        """Errors and rows, those written before, too."""
+        return self.errors + self.errors_before, self.rows + self.resumed
+
+    @property
     def all_failed(self) -> bool:
         """True if there are rows and each has an error."""
-        return 0 < self.rows + self.resumed == self.errors + self.errors_before
+        errors, rows = self.errors_of_rows
+        return 0 < rows == errors
 
     def too_many_errors(self, limit: ErrorLimit) -> str:
         """What to say if more of all rows have errors than that; else nothing."""
-        return limit.exceeded(self.errors + self.errors_before, self.rows + self.resumed)
+        return limit.exceeded(*self.errors_of_rows)
 
     def add(self, result: GenerationResult, *, is_cached: bool = False) -> None:
         """Count one result.
