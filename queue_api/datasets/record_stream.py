@@ -1,4 +1,4 @@
-"""An input's records for an event loop; where they may be long in coming, a thread reads ahead."""
+"""An input's records for an event loop: a thread reads ahead, a bounded way."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from collections.abc import AsyncGenerator
 
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
-from queue_api.wire.errors import DatasetError
 
 __all__ = ["RecordStream"]
 
 BATCH_ROWS, BATCH_BYTES = 256, 2**20
-LOOP_BYTES = 2**18
-"""So much is read in the loop before others have their turn."""
 AHEAD = 4
 """Batches that are held at most."""
 
@@ -24,18 +21,12 @@ AHEAD = 4
 class RecordStream:
     """Reads a source once, from its first record on.
 
-    A source that never waits is read in the loop: with a thread beside it, the two would fight for
-    the interpreter (measured: two thirds of the rows per second). Of others, what has been read is
-    handed over at the latest when the source waits for more to come, so that rows of a slow pipe
-    aren't held back.
+    What has been read is handed over at the latest when the source waits for more to come, so that
+    rows of a slow pipe aren't held back.
     """
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
-        self._thread: threading.Thread | None = None
-        if not source.waits:
-            self._records = source.records()
-            return
         self._loop = asyncio.get_running_loop()
         self._batches: deque[list[Record]] = deque()
         self._free = threading.Semaphore(AHEAD)
@@ -52,10 +43,6 @@ class RecordStream:
 
         :raises DatasetError: the source can't be read on
         """
-        if self._thread is None:
-            async for batch in self._read_here():
-                yield batch
-            return
         while True:
             while not self._batches:
                 if self._has_ended:
@@ -67,36 +54,8 @@ class RecordStream:
             self._free.release()
             yield self._batches.popleft()
 
-    async def _read_here(self) -> AsyncGenerator[list[Record], None]:
-        num_bytes, error = 0, None
-        while error is None:
-            batch, size, error = self._next_batch()
-            if batch:
-                yield batch
-            num_bytes += size
-            if num_bytes >= LOOP_BYTES:
-                num_bytes = 0
-                await asyncio.sleep(0)
-        if not isinstance(error, StopIteration):
-            raise error
-
-    def _next_batch(self) -> tuple[list[Record], int, Exception | None]:
-        """Some records, their bytes, and what ended the reading, if it has ended."""
-        batch: list[Record] = []
-        num_bytes = 0
-        try:
-            while len(batch) < BATCH_ROWS and num_bytes < BATCH_BYTES:
-                record = next(self._records)
-                batch.append(record)
-                num_bytes += record.num_bytes or len(record.raw or b"")
-        except (StopIteration, DatasetError) as error:
-            return batch, num_bytes, error
-        return batch, num_bytes, None
-
     async def close(self) -> None:
         """Stop reading; the source may be closed then."""
-        if self._thread is None:
-            return
         self._is_closed = True
         self._free.release()
         # else the thread waits in somebody's code; it ends when that has done, or with the process

@@ -40,11 +40,7 @@ _UNKNOWN = 0
 
 @dataclass(slots=True)
 class MadeRow:
-    """A row to write.
-
-    What is computed of it is computed at once, in the event loop: in the thread that writes, it
-    would keep the loop from the interpreter for longer than it takes.
-    """
+    """A row to write."""
 
     index: int
     fingerprint: str
