@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import redis
-from kits.worker_kit import until
 
 from benchmarks.chaos.audit import Audit
 from benchmarks.chaos.faults import KILLS, OF_REDIS, Kind, draw_faults
 from benchmarks.chaos.harness import ChaosSettings, Disturbed, disturb, expected_outcomes
 from benchmarks.chaos.report import report
 from benchmarks.chaos.workload import ECHO_QUEUE, Part, make_parts
-from queue_api.connection.connect import connect
-from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
 from queue_api.store.scripts import load_script
@@ -112,16 +107,3 @@ def test_the_audit_finds_what_is_missing_doubled_changed_or_left_behind(whole, c
 
 def replace_index(result: GenerationResult, index: int) -> GenerationResult:
     return result.model_copy(update={"index": index})
-
-
-def test_a_killed_redis_keeps_what_was_on_its_way_to_disk() -> None:
-    """With `appendfsync everysec` the process's death loses nothing that the kernel was given."""
-    with EmbeddedRedis() as server:
-        connection = connect(server.url)
-        acknowledged = [connection.incr("n") for _ in range(1000)][-1]
-        # while the disk is busy the server answers before it has written: see docs/reliability.md
-        until(lambda: connection.info("persistence")["aof_buffer_length"] == 0)
-        os.kill(server.pid, signal.SIGKILL)
-        server.restart(kill=True)
-        assert int(connection.get("n")) == acknowledged
-        connection.close()

@@ -17,6 +17,7 @@ from kits.worker_kit import (
     status,
     submit,
     until,
+    written,
 )
 from rq import Queue
 from rq.job import Job
@@ -135,6 +136,7 @@ def test_a_second_signal_ends_the_grace(connection, start_worker):
 def test_a_restarted_redis_finds_workers_that_went_on(connection, server, start_worker):
     start_worker("echo:tokens=5,step_s=0.02", max_num_seqs=8)
     submit(connection, "run", [f"w{i} x" for i in range(200)])
+    written(connection)
     until(lambda: num_done(connection, "run") > 20)
     server.restart(kill=True)
     found = completed(connection, "run", 200)

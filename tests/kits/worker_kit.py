@@ -43,6 +43,14 @@ def until(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
     return value
 
 
+def written(connection: redis.Redis) -> None:
+    """Wait until the kernel has all that the server acknowledged.
+
+    While the disk is busy the server answers before it writes: see docs/reliability.md.
+    """
+    until(lambda: connection.info("persistence")["aof_buffer_length"] == 0)
+
+
 class WorkerProcess:
     """`run_worker` in a process of its own; settings as keyword arguments."""
 
