@@ -203,13 +203,44 @@ def test_sampling_defaults_count_where_they_are_asked_for(
 
 def test_stop_strings_of_the_model_end_texts(tmp_path: Path) -> None:
     whole = tiny_tokenizer().decode(tiny_model("llama").greedy(PROMPTS[0]))
-    stop = whole[4:6]
+    pairs = (whole[i : i + 2] for i in range(len(whole)))
+    stop = next(pair for pair in pairs if pair.isascii())  # not a part of a character
     engine = model_with(tmp_path, stop_strings=[stop]).engine()
     (ended,) = engine.generate([request(PROMPTS[0])])
     assert (ended.text, ended.finish_reason) == (whole[: whole.index(stop)], FinishReason.STOP)
     assert ended.applied_defaults == ("stop_strings",)
     (own,) = engine.generate([request(PROMPTS[0], stop=["never there"])])
     assert own.token_ids == tiny_model("llama").greedy(PROMPTS[0])
+
+
+def test_a_stop_string_of_the_model_may_begin_in_the_prompt(tmp_path: Path) -> None:
+    """As in `generate`; one of the request's own has to be in the new text."""
+    plain = tiny_tokenizer()
+    prompts = ([*PROMPTS[0], token] for token in plain.encode("abcdefghijklmnop"))
+    prompt = next(p for p in prompts if plain.decode(tiny_model("llama").greedy(p)[:1]).isascii())
+    begin = plain.decode(tiny_model("llama").greedy(prompt)[:1])
+    stop = plain.decode(prompt)[-1] + begin
+    engine = model_with(tmp_path, stop_strings=[stop]).engine()
+    ids = torch.tensor([prompt])
+    wanted = (
+        tiny_model("llama")
+        .reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            stop_strings=[stop],
+            tokenizer=plain,
+        )[0, len(prompt) :]
+        .tolist()
+    )
+    (ended,) = engine.generate([request(prompt)])
+    assert (ended.token_ids, ended.text, len(wanted)) == (wanted, "", 1)
+    assert ended.finish_reason is FinishReason.STOP
+    (kept,) = engine.generate([request(prompt, include_stop_str_in_output=True)])
+    assert (kept.token_ids, kept.text) == (wanted, begin)
+    (own,) = engine.generate([request(prompt, stop=[stop])])
+    assert own.token_ids == tiny_model("llama").greedy(prompt)
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,41 @@ def test_a_stop_string_ends_a_text_where_transformers_ends_it(
         assert at_once == found
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=40)
+@given(texts, st.data())
+def test_a_model_s_stop_string_may_begin_in_the_prompt_as_in_transformers(
+    kind: str, text: str, data: st.DataObject
+) -> None:
+    tokens = tokens_of(kind, "0123456789" * 3) + continuing(kind, text)
+    first = data.draw(st.integers(max(1, len(tokens) - 6), len(tokens)))
+    prompt, new = tokens[:first], tokens[first:]
+    whole = KINDS[kind]().decode(tokens)
+    if REPLACEMENT in whole or "<unk>" in whole or not new:
+        return
+    begin = data.draw(st.integers(max(0, len(whole) - 12), len(whole) - 1))
+    stop = [whole[begin : begin + data.draw(st.integers(1, 12))], "never there"]
+    looking = StopSearch(ours(kind), prompt, stop, 0, may_begin_in_prompt=True)
+    finds = [looking.read([token]) for token in new]
+    count = next((count for count, found in enumerate(finds, 1) if found is not None), None)
+    assert count == stops_after(kind, prompt, new, stop)
+    if count is not None:
+        shown, found = added_text(KINDS[kind](), prompt, new[:count]), finds[count - 1]
+        assert shown is None or shown.startswith(found.before)
+        assert stop[0].endswith(found.string)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_s_stop_string_may_begin_with_a_special_token_of_the_prompt(kind: str) -> None:
+    end = KINDS[kind]().convert_tokens_to_ids("<|im_end|>")
+    prompt = [*tokens_of(kind, "012x"), end, *continuing(kind, "a")]
+    new = continuing(kind, "bcdefgh")
+    for stop in ("<|im_end|>ab", "x<|im_end|>abc", "abcd", "xab", "|im_end|>abcde"):
+        looking = StopSearch(ours(kind), prompt, [stop], 0, may_begin_in_prompt=True)
+        count = next((n for n, t in enumerate(new, 1) if looking.read([t]) is not None), None)
+        assert count == stops_after(kind, prompt, new, [stop]), stop
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "llama_2"])
 def test_a_stop_string_that_begins_with_a_blank_is_found_in_the_first_token(kind: str) -> None:
     prompt, new = tokens_of(kind, "def f(x):\n"), continuing(kind, " return x")

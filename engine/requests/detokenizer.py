@@ -15,12 +15,12 @@ from collections.abc import Sequence as Seq
 
 from engine.models.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer"]
+__all__ = ["TOKENS_PER_CHARACTER", "Detokenizer"]
 
 _OVERLAP = 8
 """Tokens with text that a window keeps."""
-_MOST_TOKENS = 4
-"""Of one character."""
+TOKENS_PER_CHARACTER = 4
+"""At most."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -84,7 +84,7 @@ class Detokenizer:
         if not self._tokenizer.has_bytes:
             return b""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        decoder.decode(b"".join(map(self._tokenizer.token_bytes, tokens[-_MOST_TOKENS:])))
+        decoder.decode(b"".join(map(self._tokenizer.token_bytes, tokens[-TOKENS_PER_CHARACTER:])))
         return decoder.getstate()[0]
 
     def _texts_of_context(self) -> Seq[str]:

@@ -47,7 +47,11 @@ def _find_stop(sequence: Sequence, tokenizer: Tokenizer) -> FoundStop | None:
     sampling = sequence.sampling
     if sequence.stops is None:
         sequence.stops = StopSearch(
-            tokenizer, sequence.prompt(), sampling.stop, sampling.min_tokens
+            tokenizer,
+            sequence.prompt(),
+            sampling.stop,
+            sampling.min_tokens,
+            may_begin_in_prompt="stop_strings" in sequence.applied_defaults,
         )
     return sequence.stops.read(sequence.generated(sequence.stops.num_read))
 
