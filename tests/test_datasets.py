@@ -143,6 +143,40 @@ def test_a_run_broken_off_anywhere_goes_on(
     assert run(settings, source, output).resumed == NUM_ROWS, "there is nothing left to do"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_that_redis_forgets_midway_is_asked_for_again(
+    settings: QueueSettings, connection: redis.Redis, source: Path, seed: int
+) -> None:
+    """As a server that dies with its last seconds, or without a disk."""
+    draw = random.Random(seed)
+    output = source.with_name("out.jsonl")
+    instants = {draw.randrange(1, 25) for _ in range(3)}
+    told: list[str] = []
+
+    class Forgetting(Answerer):
+        answered = 0
+
+        def answer(self, jobs: int = 1, queue: str = "batchmill") -> int:
+            Forgetting.answered += 1
+            if Forgetting.answered in instants:
+                connection.flushall()
+            return super().answer(1)
+
+    summary = run(
+        settings.model_copy(update={"reconcile_s": 0.2}),
+        source,
+        output,
+        chunk_size=draw.choice([1, 8]),
+        window=draw.choice([16, 64, 1000]),
+        answerer=Forgetting(connection),
+        warn=told.append,
+        ordered=seed % 2 == 1,
+    )
+    check_output(output)
+    assert (summary.rows, summary.resumed, summary.errors) == (NUM_ROWS, 0, 1)
+    assert "Redis lost the run" in told[0]
+
+
 def test_results_of_an_earlier_life_are_taken_not_made_again(
     settings: QueueSettings, connection: redis.Redis, answerer: Answerer, source: Path
 ) -> None:

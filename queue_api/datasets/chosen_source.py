@@ -64,6 +64,7 @@ class ChosenSource(RowSource):
         return self._numbers
 
     def records(self) -> Iterator[Record]:
+        self._is_interrupted = False
         if self._selection.shuffle:
             yield from self._shuffled()
             return

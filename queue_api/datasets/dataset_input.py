@@ -64,6 +64,11 @@ class DatasetInput:
         part._ahead, part._stream = [], None
         return part
 
+    async def start_over(self) -> None:
+        """Have `batches` begin with the first record again, of an input that is repeatable."""
+        await self.stop_reading()
+        self._stream = None
+
     async def stop_reading(self) -> None:
         """End what reads ahead; the input stays open."""
         if self._stream is not None:

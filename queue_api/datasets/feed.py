@@ -74,7 +74,9 @@ class DatasetRun:
         cache: ResponseCache | None,
         makers: Collection[Maker],
         listener: Callable[[Progress], None] | None,
+        summary: RunSummary | None = None,
     ) -> None:
+        """:param summary: of a life before, in the same process, to be gone on with"""
         self._store = client.store
         self._reader = client.reader
         self._opened = opened
@@ -121,15 +123,17 @@ class DatasetRun:
         """Why the input can't be read to its end."""
         self._counted: int | None = None
         self._told_at = 0.0
-        self._started_at = time.perf_counter()
-        self.summary = RunSummary(run=opened.run)
+        self._started_at = time.perf_counter() - (summary.elapsed_s if summary else 0.0)
+        self._goes_on = summary is not None
+        self.summary = summary or RunSummary(run=opened.run)
 
     async def run(self) -> RunSummary:
         """Until every row is written.
 
         :raises DatasetError: the input can't be read to its end; the rows before are written
         """
-        self.summary.resumed, self.summary.errors_before = self._numbers.written(self._sink)
+        if not self._goes_on:
+            self.summary.resumed, self.summary.errors_before = self._numbers.written(self._sink)
         subscription = await self._reader.subscribe(self._opened.run, self._opened.last)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -145,7 +149,7 @@ class DatasetRun:
             raise first from None
         finally:
             subscription.close()
-        self.summary.elapsed_s = time.perf_counter() - self._started_at
+            self.summary.elapsed_s = time.perf_counter() - self._started_at
         self._tell(final=True)
         if self._broken is not None:
             raise self._broken

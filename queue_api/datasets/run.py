@@ -50,6 +50,7 @@ from queue_api.wire.errors import (
     DatasetError,
     InvalidRequestError,
     RedisAuthError,
+    RunNotFoundError,
 )
 from queue_api.wire.schemas import GenerationRequest, SamplingParams
 
@@ -139,21 +140,33 @@ class Dataset:
     ) -> RunSummary:
         makers = await _models(client, queue)
         await self._drop_other_models(makers)
-        opened = await _open(client, self, queue, chunk_size, makers)
-        work = DatasetRun(
-            client,
-            opened,
-            self.sink,
-            data=self.data,
-            parser=self.parser(self.warn),
-            window=window,
-            limit=limit,
-            ordered=self.ordered,
-            cache=kept,
-            makers=makers,
-            listener=listener,
-        )
-        summary = await work.run()
+        summary, num_written = None, 0
+        while True:
+            opened = await _open(client, self, queue, chunk_size, makers)
+            work = DatasetRun(
+                client,
+                opened,
+                self.sink,
+                data=self.data,
+                parser=self.parser(self.warn if summary is None else _say_nothing),
+                window=window,
+                limit=limit,
+                ordered=self.ordered,
+                cache=kept,
+                makers=makers,
+                listener=listener,
+                summary=summary,
+            )
+            try:
+                summary = await work.run()
+                break
+            except RunNotFoundError:
+                is_new = summary is None or work.summary.rows > num_written
+                if not self.data.source.is_repeatable or not is_new:
+                    raise
+                summary, num_written = work.summary, work.summary.rows
+                self.warn("Redis lost the run: what isn't written is asked for again")
+                await self.data.start_over()
         if self.turn is None or self.turn.number == self.turn.total:
             await asyncio.to_thread(self._finish, work)
         return summary
