@@ -223,7 +223,7 @@ def test_a_system_turn_stands_before_prompts_and_chats_without_one() -> None:
     assert turns(rows[0]) == turns(rows[1]) == [("system", "Be kind."), ("user", "Hi")]
     assert turns(rows[2]) == [("system", "Own."), ("user", "Hi")]
     assert request(rows[3]).prompt == "Hi"
-    assert "a prompt of token ids can't have a system's turn" in wrong(rows[4])
+    assert "a prompt of token ids can't be a chat" in wrong(rows[4])
     assert "'prompt' is empty" in wrong(rows[5])
     assert "the system template, line 1: 'tone' is undefined" in wrong(rows[6])
     assert turns(rows[7]) == [("system", "Be k."), ("user", "Hi")]

@@ -57,6 +57,13 @@ _LAYOUT: dict[str, Any] = {
             show_default=False,
         ),
     ],
+    "chat": Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="A prompt becomes the user's turn of a chat, as the model's chat template has it.",
+        ),
+    ],
     "select": Annotated[
         str | None,
         typer.Option(

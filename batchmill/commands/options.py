@@ -102,7 +102,7 @@ InputNames = Annotated[
     typer.Argument(
         metavar="INPUT...",
         help="Files of rows, folders of them, patterns in quotes, addresses such as hf://… or "
-        "https://…; - is stdin.",
+        "https://…; - is stdin. Of run also, alone, a recipe: FILE.yaml.",
     ),
 ]
 InputFormat = Annotated[

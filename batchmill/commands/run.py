@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Annotated
 
@@ -27,18 +26,21 @@ from batchmill.commands.options import (
     tell,
 )
 from batchmill.commands.output_options import output_options
+from batchmill.commands.run_recipe import check_options, is_given, run_recipe_file
 from batchmill.offline.dry_run import dry_run as show_prompts
 from batchmill.offline.offline import OfflineRun, run_offline
+from batchmill.offline.recipe import RecipeOptions
 from batchmill.offline.report import sample_table, summary_table
-from engine.control_group import cpus_allowed
+from batchmill.offline.worker_setup import cache_scope, model_of, worker_environment
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.recipes.recipe_file import is_recipe
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW
 from queue_api.datasets.summary import RunSummary
-from queue_api.wire.errors import RowsFailedError
+from queue_api.wire.errors import ConfigurationError, RowsFailedError
 from queue_api.wire.schemas import SamplingParams
 from workers.running.echo_engine import ECHO_PREFIX
 from workers.running.engines import engine_config, require_packages
@@ -55,9 +57,16 @@ __all__ = ["run"]
 def run(
     input: InputNames,  # noqa: A002 - the name shown in the help
     *,
+    context: typer.Context,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="A file, continued if it is there; - is stdout.")
-    ],
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A file, continued if it is there; - is stdout. A recipe names its own.",
+            show_default=False,
+        ),
+    ] = None,
     sampling: SamplingParams,
     layout: Layout,
     selection: RowSelection,
@@ -125,34 +134,39 @@ def run(
     Each row is written once. Broken off, the same command goes on where it stopped. The
     workers serve a queue of the run's own unless --queue names one.
     """
+    if any(map(is_recipe, input)):
+        check_options(context, input, dry_run=dry_run)
+        options = RecipeOptions(
+            redis_url=given_redis_url(redis_url),
+            engine_settings=frozenset(engine) - {"model"},
+            workers=workers if is_given(context, "workers") else None,
+            redo_changed=redo_changed,
+            retry_errors=retry_errors,
+            max_errors=ErrorLimit.of(max_errors),
+            cache=cache,
+        )
+        run_recipe_file(input[0], output, options, show=show, fail_on_error=fail_on_error)
+        return
+    if output is None:
+        raise ConfigurationError("say where the answers go: -o FILE")
     # Read here as the workers will: what is wrong is said once and before anything starts.
     settings = WorkerSettings.load(**engine)
     engine_config(settings)
     if engine["generation_defaults"] is not None:  # workers that are there already may differ
         sampling = sampling.model_copy(update={"generation_defaults": settings.generation_defaults})
-    flags = engine | {
-        "model": settings.model,
-        "num_threads": settings.num_threads or _threads_each(workers),
-    }
-    environment = {"BATCHMILL_LOG_LEVEL": os.environ.get("BATCHMILL_LOG_LEVEL", "warning")}
-    environment |= {
-        f"BATCHMILL_{name.upper()}": str(value)
-        for name, value in flags.items()
-        if value is not None
-    }
     console = Console(stderr=True)
     job = OfflineRun(
         inputs=input,
         output=output,
-        redis_url=_given_redis_url(redis_url),
+        redis_url=given_redis_url(redis_url),
         defaults=sampling,
         num_workers=workers,
-        worker_environment=environment,
+        worker_environment=worker_environment(engine, settings, workers),
         run=run,
         queue=queue,
         chunk_size=chunk_size,
         window=window,
-        model=_model_of(settings) if workers else "",
+        model=model_of(settings) if workers else "",
         format=format,
         fields=fields_of(fields, row_sampling=row_sampling),
         layout=layout,
@@ -162,7 +176,7 @@ def run(
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
         cache=cache,
-        cache_scope=_cache_scope(settings) if workers else "other workers",
+        cache_scope=cache_scope(settings) if workers else "other workers",
         outputs=outputs,
     )
     if dry_run:
@@ -209,25 +223,7 @@ def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool
         raise RowsFailedError(told)
 
 
-def _model_of(settings: WorkerSettings) -> str:
-    """What the workers load, as far as the settings tell."""
-    parts = [settings.model, settings.revision, settings.dtype, settings.quantization]
-    if settings.generation_defaults != "model":
-        parts.append(settings.generation_defaults)
-    return "\n".join(str(part or "") for part in parts)
-
-
-def _cache_scope(settings: WorkerSettings) -> str:
-    """The settings that a text depends on and neither the request nor the model's revision has."""
-    return f"{settings.generation_defaults} {settings.max_model_len}"
-
-
-def _given_redis_url(flag: str | None) -> str | None:
+def given_redis_url(flag: str | None) -> str | None:
     """The address that a flag or the environment names; None if neither does."""
     settings = QueueSettings.load(redis_url=flag)
     return settings.redis_url if settings.names_redis else None
-
-
-def _threads_each(num_workers: int) -> int | None:
-    """The CPUs that there are for us, shared out among the workers: more threads fight."""
-    return max(1, cpus_allowed() // num_workers) if num_workers else None

@@ -34,7 +34,7 @@ from queue_api.wire.plain_text import visible
 from queue_api.wire.schemas import SamplingParams
 from workers.running.engines import require_packages
 
-__all__ = ["OfflineRun", "ServerEndedError", "run_offline"]
+__all__ = ["OfflineRun", "ServerEndedError", "answer", "check", "run_offline"]
 
 LOOK_EVERY_S = 0.1
 
@@ -88,11 +88,11 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
 
     :raises BatchmillError: the input, the model, Redis or all workers can't be used
     """
-    _check(job)
+    check(job)
     async with _files(job, console) as dataset:
         if dataset.data.how_read:
             console.print(dataset.data.how_read, markup=False, highlight=False, soft_wrap=True)
-        return await _run(job, dataset, console)
+        return await answer(job, dataset, console)
 
 
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
@@ -115,7 +115,8 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
     )
 
 
-async def _run(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummary:
+async def answer(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummary:
+    """Start what the job needs beside its files, have the rows answered, and stop it."""
     with _redis(job.redis_url) as (redis_url, server), progress_display(console) as display:
         queue = job.queue or f"run-{dataset.run_id}"
         environment = {
@@ -252,10 +253,12 @@ def _redis(url: str | None) -> Iterator[tuple[str, EmbeddedRedis | None]]:
             raise
 
 
-def _check(job: OfflineRun) -> None:
+def check(job: OfflineRun) -> None:
     """Find at once what would otherwise show up only after workers and Redis have started.
 
     The files are looked at when they are opened.
+
+    :raises ConfigurationError: something is missing
     """
     if not job.num_workers:
         if job.redis_url is None or job.queue is None:

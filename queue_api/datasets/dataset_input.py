@@ -13,6 +13,7 @@ from queue_api.datasets.first_look import FirstLook
 from queue_api.datasets.formats.object_source import Rows
 from queue_api.datasets.formats.opening import Inputs, open_source
 from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.record_stream import RecordStream
 from queue_api.datasets.row_selection import RowSelection
@@ -32,15 +33,23 @@ class DatasetInput:
 
     def __init__(
         self,
-        inputs: Inputs | Rows,
+        inputs: Inputs | Rows | RowSource,
         *,
         format: str | None = None,  # noqa: A002 - as on the command line
         output: Path | str = "",
         selection: RowSelection | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
-        self.source = open_source(inputs, format=format, output=output)
+        """:param numbers: the rows that are asked for, ascending, if that is known"""
+        self.source = (
+            inputs
+            if isinstance(inputs, RowSource)
+            else open_source(inputs, format=format, output=output)
+        )
         """All of the input's rows."""
         self.chosen = self.source
+        if numbers is not None:
+            self.chosen = ChosenSource(self.source, RowSelection(), numbers)
         """Those that are asked for."""
         if selection is not None and not selection.is_all:
             self._choose(selection)

@@ -62,6 +62,7 @@ __all__ = [
     "Dataset",
     "dataset_run_id",
     "open_dataset",
+    "open_dataset_of",
     "run_dataset",
     "run_id_of",
 ]
@@ -91,6 +92,8 @@ class Dataset:
     """Which turn of its rows is asked; None: all of them, one after the other."""
     keeps_empty: bool = False
     """Whether an output without rows is kept."""
+    is_part: bool = False
+    """Whether the output is for further passes."""
 
     async def run(
         self,
@@ -176,6 +179,8 @@ class Dataset:
         sink = self.sink
         sink.finish()
         # one that is there and of this output stays: what changed since is to be found out
+        if self.is_part:
+            return
         if sink.is_durable and (sink.has_changed or not sink.certificate.exists()):
             options = (self.defaults or SamplingParams()).model_dump(
                 mode="json", exclude_unset=True
@@ -270,15 +275,58 @@ async def open_dataset(
     :raises ConfigurationError: `fields` has one that no request has
     :raises InvalidRequestError: no request could be sent with these defaults
     """
-    names = None if fields is None else check_fields(fields)
-    layout = layout or Layout()
     if ordered and selection is not None and selection.shuffle:
         raise ConfigurationError("--ordered is the input's order, --shuffle another: give one")
-    _check_defaults(defaults)
     data = DatasetInput(input, format=format, output=output or "", selection=selection)
+    opened = open_dataset_of(
+        data,
+        output,
+        defaults=defaults,
+        run=run,
+        model=model,
+        fields=fields,
+        layout=layout,
+        retry_errors=retry_errors,
+        redo_changed=redo_changed,
+        ordered=ordered,
+        outputs=outputs,
+        warn=warn,
+    )
+    async with opened as dataset:
+        yield dataset
+
+
+@asynccontextmanager
+async def open_dataset_of(
+    data: DatasetInput,
+    output: Path | str | None,
+    *,
+    defaults: SamplingParams | None = None,
+    run: str | None = None,
+    model: str = "",
+    fields: Collection[str] | None = None,
+    layout: Layout | None = None,
+    retry_errors: bool = False,
+    redo_changed: bool = False,
+    ordered: bool = False,
+    is_part: bool = False,
+    outputs: OutputOptions | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> AsyncGenerator[Dataset, None]:
+    """The same of an input that is open; it is closed at the end.
+
+    :param is_part: the output is for further passes: without a certificate, and what it has of rows
+        that aren't asked for now may be of anything
+    """
     source = data.source
     try:
-        outputs, warn = outputs or OutputOptions(), warn or logger.warning
+        names = None if fields is None else check_fields(fields)
+        _check_defaults(defaults)
+        layout, outputs, warn = (
+            layout or Layout(),
+            outputs or OutputOptions(),
+            warn or logger.warning,
+        )
         sink = _sink(source, output, layout, outputs, warn)
         mark = _fingerprint(data.chosen, output, defaults, model, layout)
         dataset = Dataset(
@@ -293,6 +341,7 @@ async def open_dataset(
             redo_changed,
             ordered,
             retry_errors,
+            is_part=is_part,
         )
         try:
             if source.is_same_file(sink.info()):
@@ -549,7 +598,8 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
             f"--redo-changed has to read the input twice, which {source.name} can't be: "
             "write it into a file first"
         )
-    check_chosen(unwanted, sink, is_chosen)
+    if not dataset.is_part:
+        check_chosen(unwanted, sink, is_chosen)
     if retry_errors:
         for row in range(sink.end):
             if sink.has_error(row) and is_chosen(row):

@@ -39,6 +39,10 @@ class Layout:
     """What a system's turn in front of each row's prompt or messages says, a template, too. A row
     whose messages begin with such a turn keeps its own; a prompt becomes the user's turn."""
 
+    chat: bool = False
+    """A prompt becomes the user's turn of a chat, as the model's template has it, even without a
+    system's."""
+
     select: Sequence[str] | None = None
     """The columns that come back, in this order, besides `id`; None: all."""
     rename: Mapping[str, str] = field(default_factory=dict)

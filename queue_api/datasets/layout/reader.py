@@ -179,18 +179,23 @@ class LayoutReader:
         self._add_system(columns, reading)
 
     def _add_system(self, columns: Mapping[str, Any], reading: Reading) -> None:
-        """:raises InvalidRequestError: there can be no such turn"""
-        if self._system is None or not (text := self._system.render(columns)):
+        """Make a chat of it, where that is asked for.
+
+        :raises InvalidRequestError: there can be none
+        """
+        text = "" if self._system is None else self._system.render(columns)
+        if not text and not self._layout.chat:
             return
-        fields, turn = reading.fields, {"role": "system", "content": text}
+        fields = reading.fields
+        turns = [{"role": "system", "content": text}] if text else []
         if isinstance(messages := fields.get("messages"), list) and messages:
             if not _is_system(messages[0]):
-                fields["messages"] = [turn, *messages]
+                fields["messages"] = [*turns, *messages]
         elif isinstance(prompt := fields.get("prompt"), str) and prompt:
             del fields["prompt"]
-            fields["messages"] = [turn, {"role": "user", "content": prompt}]
+            fields["messages"] = [*turns, {"role": "user", "content": prompt}]
         elif prompt:
-            raise InvalidRequestError("a prompt of token ids can't have a system's turn")
+            raise InvalidRequestError("a prompt of token ids can't be a chat, nor have a system")
 
     def _to_answer(self, messages: list[Any], fields: Mapping[str, Any]) -> list[Any]:
         if fields.get("continue_final_message"):
