@@ -14,7 +14,12 @@ from queue_api.store.jobs import GenerateJob, GenerateQueue, decode_chunk, parse
 from queue_api.store.keys import RunKeys
 from queue_api.store.runs import emit_args
 from queue_api.store.scripts import load_script
-from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult
+from queue_api.wire.schemas import (
+    CompletionOutput,
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+)
 
 
 def rq_queue(connection: redis.Redis, name: str = "batchmill") -> GenerateQueue:
@@ -43,6 +48,10 @@ class Answerer:
         """The answer to a request."""
         return f"answer to {request.prompt}"
 
+    def samples_of(self, request: GenerationRequest) -> list[CompletionOutput] | None:
+        """All of them, where several are asked for."""
+        return None
+
     def answer(self, jobs: int = 2**30, queue: str = "batchmill") -> int:
         """Answer so many jobs, or all there are; returns how many requests that were."""
         answered = 0
@@ -62,6 +71,7 @@ class Answerer:
                         run=chunk.run,
                         index=index,
                         text=self.text_of(request),
+                        outputs=self.samples_of(request),
                         finish_reason=FinishReason.STOP,
                         prompt_tokens=2,
                         completion_tokens=3,

@@ -12,7 +12,7 @@ from queue_api.datasets.columns import RowParser
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.recipes.recipe import Recipe, RecipeStage
-from queue_api.datasets.recipes.stage_source import Condition
+from queue_api.datasets.recipes.stage_source import Condition, check_columns
 from queue_api.wire.errors import ConfigurationError, RequestError
 
 __all__ = ["check_stages"]
@@ -28,19 +28,29 @@ def check_stages(
     """Try each stage on the first rows, with something in the place of what isn't said yet.
 
     :raises ConfigurationError: a stage fails on all of those that the first one can be asked with
+    :raises DatasetError: the input has a column of a stage's name
     """
     records = list(islice(source.records(), ROWS))
+    added = {name for stage in recipe.stages for name in stage.columns}
+    for record in records:
+        check_columns(record, added, source.place)
     for stage, (when, keep) in zip(recipe.stages, conditions, strict=True):
         where = f"stage {stage.name!r}"
         _try(records, f"'when' of {where}", partial(_hold, when))
-        parser = RowParser(
-            recipe.sampling_of(stage), warn=_say_nothing, layout=stage.layout, place=source.place
-        )
+        try:
+            parser = RowParser(
+                recipe.sampling_of(stage),
+                warn=_say_nothing,
+                layout=stage.layout,
+                place=source.place,
+            )
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{where}: {error}") from None
         good = _try(records, where, partial(_ask, parser))
         if stage is recipe.stages[0]:
             records = good
-        added = _example(stage)
-        records = [replace(record, read={**record.read, **added}) for record in records]
+        example = _example(stage)
+        records = [replace(record, read={**record.read, **example}) for record in records]
         _try(records, f"'keep' of {where}", partial(_hold, keep))
 
 

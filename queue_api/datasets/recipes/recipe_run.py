@@ -80,13 +80,13 @@ async def run_recipe(run: RecipeRun) -> RecipeSummary:
                 "write it into a file first"
             )
         conditions = [_conditions(stage) for stage in recipe.stages]
+        said = [stack.enter_context(closing(StageAnswers(stage))) for stage in recipe.stages]
         await asyncio.to_thread(check_stages, recipe, source, conditions)
         numbers = await asyncio.to_thread(_numbers, recipe, source)
         folder = Path(f"{recipe.output.rstrip('/')}.stages")
         state = StagesDone(folder)
         done: list[DoneStage] = []
-        for number, stage in enumerate(recipe.stages):
-            answers = stack.enter_context(closing(StageAnswers(stage)))
+        for number, (stage, answers) in enumerate(zip(recipe.stages, said, strict=True)):
             model = run.models[number] if run.models else ""
             mark = _mark(source, recipe, done, stage.model_dump_json(), model)
             asking = _Stage(run, source, numbers, done, answers, conditions[number], folder)
@@ -111,7 +111,7 @@ def _write(
     recipe = run.recipe
     mark = _mark(source, recipe, done, recipe.model_dump_json(), "")
     if state.has(OUTPUT, mark):
-        return RecipeSummary(**state.said(OUTPUT), is_unchanged=True)
+        return RecipeSummary(**state.said(OUTPUT))
     summary = RecipeSummary(parts=run.parts)
     RecipeOutput(recipe, StageSource(source, done), numbers, run.warn).write(summary)
     files = [Path(recipe.output), Path(f"{recipe.output.rstrip('/')}{CERTIFICATE}")]

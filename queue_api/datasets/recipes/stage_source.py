@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from queue_api.datasets.recipes.stage_answers import Outcome, StageAnswers
 from queue_api.wire.errors import DatasetError, InvalidRequestError, RequestError
 from queue_api.wire.schemas import GenerationRequest
 
-__all__ = ["Condition", "DoneStage", "RepairSource", "RowSoFar", "StageSource"]
+__all__ = ["Condition", "DoneStage", "RepairSource", "RowSoFar", "StageSource", "check_columns"]
 
 
 class Condition:
@@ -91,7 +91,7 @@ class RowSoFar:
         self.columns |= added
         if found is not None and found.error:
             self.error = found.error
-        elif not self.error and self.is_kept:
+        elif found is not None:
             self.is_kept = self._holds(done.keep)
 
     @property
@@ -160,11 +160,7 @@ class StageSource(_Wrapped):
         """
         added = {name for done in self._done for name in done.stage.columns}
         for row, record in enumerate(self._whole.records()):
-            if both := record.read.keys() & added:
-                raise DatasetError(
-                    f"{self.place(record.number)} has a column {min(both)!r}, which is a "
-                    "stage's: name that otherwise"
-                )
+            check_columns(record, added, self.place)
             sofar = RowSoFar(record.read)
             for done in self._done:
                 sofar.take(done, row)
@@ -177,6 +173,18 @@ class StageSource(_Wrapped):
 
     def identity(self) -> list[str]:
         return [*self._whole.identity(), *(done.mark for done in self._done)]
+
+
+def check_columns(record: Record, added: Set[str], place: Callable[[int], str]) -> None:
+    """See that a row has none of the columns that stages add.
+
+    :raises DatasetError: it has
+    """
+    if both := record.read.keys() & added:
+        raise DatasetError(
+            f"{place(record.number)} has a column {min(both)!r}, which is a stage's: name that "
+            "otherwise"
+        )
 
 
 class RepairSource(_Wrapped):
