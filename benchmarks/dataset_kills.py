@@ -48,19 +48,35 @@ def batch_line(row: dict[str, Any]) -> dict[str, Any]:
     return {"custom_id": row["id"], "method": "POST", "url": "/v1/completions", "body": body}
 
 
-def inputs_and_outputs(folder: Path, count: int, seed: int) -> dict[str, tuple[Path, str, Command]]:
-    """By format: the input, the output's name, and the options that it takes."""
-    made = rows(count, random.Random(seed))
-    table = folder / "in.parquet"
+RECIPE = """
+in: {input}
+out: set on the command line
+model: "{model}"
+workers: 2
+sampling: {{max_tokens: 8}}
+stages:
+  - {{name: draft, template: "draft {{{{ prompt }}}}"}}
+  - {{name: judge, template: "judge {{{{ draft }}}}", keep: "id[-1:] != '7'"}}
+  - name: final
+    template: "{{{{ draft }}}} {{{{ judge }}}}"
+    sampling: {{temperature: 0.8, seed: 1}}
+"""
+
+
+def cases(folder: Path, args: argparse.Namespace) -> dict[str, tuple[str, Command]]:
+    """By format: the output's name, and what runs towards one."""
+    made = rows(args.rows, random.Random(args.seed))
+    table, recipe = folder / "in.parquet", folder / "recipe.yaml"
     parquet.write_table(pyarrow.Table.from_pylist(made), table)
+    lines = write_lines(folder / "in.jsonl", made)
+    batch = write_lines(folder / "batch.jsonl", [batch_line(row) for row in made])
+    recipe.write_text(RECIPE.format(input=lines, model=args.model))
+    model = ["--model", args.model, "--workers", "2", "--max-tokens", "8"]
     return {
-        "JSON Lines": (write_lines(folder / "in.jsonl", made), "out.jsonl", []),
-        "Parquet": (table, "out.parquet", ["--part-rows", "3000"]),
-        "OpenAI batch": (
-            write_lines(folder / "batch.jsonl", [batch_line(row) for row in made]),
-            "out-batch.jsonl",
-            ["--output-format", "openai"],
-        ),
+        "JSON Lines": ("out.jsonl", [str(lines), *model]),
+        "Parquet": ("out.parquet", [str(table), *model, "--part-rows", "3000"]),
+        "OpenAI batch": ("out-batch.jsonl", [str(batch), *model, "--output-format", "openai"]),
+        "a recipe of 3 stages": ("out-recipe.jsonl", [str(recipe)]),
     }
 
 
@@ -129,12 +145,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, log = Path(scratch), Path(scratch) / "log"
-        cases = inputs_and_outputs(folder, args.rows, args.seed)
-        for name, (source, output, options) in cases.items():
+        for name, (output, options) in cases(folder, args).items():
 
-            def command(to: Path, source: Path = source, options: Command = options) -> Command:
-                model = ["--model", args.model, "--workers", "2", "--max-tokens", "8"]
-                return module("batchmill", "run", str(source), "-o", str(to), *options, *model)
+            def command(to: Path, options: Command = options) -> Command:
+                return module("batchmill", "run", *options, "-o", str(to))
 
             whole, broken = folder / f"whole-{output}", folder / f"broken-{output}"
             began = time.perf_counter()
