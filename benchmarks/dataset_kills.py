@@ -10,6 +10,7 @@ command goes on. At the end the certificates of both outputs must say the same `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -120,18 +121,31 @@ def content_of(output: Path) -> str:
     return str(certificate["content"])
 
 
-def disturbed(command: Command, log: Path, undisturbed_s: float, kills: int, seed: int) -> int:
-    """Run it, killed so often, and at last to its end; how many of the kills met it underway."""
-    draw, met = random.Random(seed), 0
-    while met < kills:
+def num_bytes(output: Path) -> int:
+    """Of the output and of all beside it that has its name: parts, journals, stages."""
+    found = output.parent.glob(f"*{output.name}*")
+    files = [file for each in found for file in ([each] if each.is_file() else each.rglob("*"))]
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):  # it was renamed just now
+            total += file.stat().st_size
+    return total
+
+
+def disturbed(command: Command, log: Path, output: Path, whole_bytes: int, at: list[float]) -> int:
+    """Run it, killed when so much of it is written, and at last to its end.
+
+    :param at: the shares of the whole, ascending
+    :returns: how many of the kills met it underway
+    """
+    met = 0
+    for share in at:
         process = start(command, log)
-        try:
-            process.wait(draw.uniform(0.2, 0.8) * undisturbed_s)
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and num_bytes(output) < share * whole_bytes:
+            time.sleep(0.002)
+        if process.poll() is None:
             kill_all(process)
             met += 1
-        else:
-            break
     run_to_the_end(command, log)
     return met
 
@@ -151,10 +165,10 @@ def main() -> None:
                 return module("batchmill", "run", *options, "-o", str(to))
 
             whole, broken = folder / f"whole-{output}", folder / f"broken-{output}"
-            began = time.perf_counter()
             run_to_the_end(command(whole), log)
-            took_s = time.perf_counter() - began
-            met = disturbed(command(broken), log, took_s, args.kills, args.seed)
+            draw = random.Random(args.seed)
+            at = sorted(draw.uniform(0.05, 0.95) for _ in range(args.kills))
+            met = disturbed(command(broken), log, broken, num_bytes(whole), at)
             for each in (whole, broken):
                 run_to_the_end(module("batchmill", "verify", str(each)), log)
             if content_of(whole) != content_of(broken):
