@@ -206,6 +206,17 @@ def test_a_template_makes_the_prompt_and_the_row_comes_back_whole() -> None:
     )
 
 
+def test_a_prompt_becomes_a_chat_where_that_is_asked_for() -> None:
+    chat = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
+    rows = parse({"q": "What?"}, {"q": ""}, {"q": "Who?"}, prompt_column="q", chat=True)
+    assert turns(rows[0]) == [("user", "What?")]
+    assert "'prompt' is empty ('prompt' is column 'q')" in wrong(rows[1])
+    rows = parse({"messages": chat}, {"prompt": [5]}, {"prompt": "Hi"}, chat=True)
+    assert turns(rows[0]) == [("system", "Own."), ("user", "Hi")]
+    assert "a prompt of token ids can't be a chat" in wrong(rows[1])
+    assert turns(rows[2]) == [("user", "Hi")]
+
+
 def test_a_system_turn_stands_before_prompts_and_chats_without_one() -> None:
     chat = [{"role": "user", "content": "Hi"}]
     own = [{"role": "system", "content": "Own."}, *chat]

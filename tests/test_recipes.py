@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ import redis
 from kits.client_kit import Answerer
 
 from queue_api.client.client import Client
+from queue_api.connection.child_process import child_environment, python_module
 from queue_api.connection.settings import QueueSettings
+from queue_api.datasets.formats.opening import open_source
+from queue_api.datasets.recipes.check_stages import check_stages
 from queue_api.datasets.recipes.recipe import RecipeStage
 from queue_api.datasets.recipes.recipe_file import read_recipe
 from queue_api.datasets.recipes.recipe_output import RecipeSummary
 from queue_api.datasets.recipes.recipe_run import RecipeRun, run_recipe
+from queue_api.datasets.recipes.stage_answers import StageAnswers
 from queue_api.datasets.run import Dataset
 from queue_api.datasets.summary import RunSummary
 from queue_api.datasets.verify import verify_output
@@ -378,11 +383,34 @@ def test_the_output_may_be_parquet(settings: QueueSettings, asked: Asked) -> Non
     assert run(settings, recipe, None).is_unchanged
 
 
-def test_an_output_of_something_else_stays(settings: QueueSettings, asked: Asked) -> None:
-    Path("out.jsonl").write_text('{"id": 1, "mine": true}\n')
-    with pytest.raises(DatasetError, match="isn't a row that batchmill wrote"):
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"id": 1, "mine": true}\n', "isn't a row that batchmill wrote"),
+        ('{"id": 1, "row": 0, "text": "a", "attempt": 1}\n', "a run without a recipe"),
+    ],
+)
+def test_an_output_of_something_else_stays(
+    settings: QueueSettings, asked: Asked, line: str, told: str
+) -> None:
+    Path("out.jsonl").write_text(line)
+    with pytest.raises(DatasetError, match=told):
         run(settings, THREE, asked)
-    assert Path("out.jsonl").read_text() == '{"id": 1, "mine": true}\n'
+    assert Path("out.jsonl").read_text() == line
+    assert not asked.prompts
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(
+    settings: QueueSettings, asked: Asked
+) -> None:
+    for output, told in {
+        "none/out.jsonl": "No such file",
+        "in.jsonl": "of in.jsonl isn.t a row",
+    }.items():
+        with pytest.raises(DatasetError, match=told):
+            run(settings, THREE.replace("out.jsonl", output), asked)
+    assert not asked.prompts
+    assert len(Path("in.jsonl").read_text().splitlines()) == NUM_ROWS
 
 
 # --------------------------------------------------------------------------- the file
@@ -430,3 +458,57 @@ def test_a_column_of_a_stages_name_is_refused(settings: QueueSettings, asked: As
     with pytest.raises(DatasetError, match="line 1 has a column 'judge', which is a stage's"):
         run(settings, THREE, asked)
     assert not asked.prompts
+
+
+# --------------------------------------------------------------------------- the examples
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "recipes"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+def test_each_example_fits_its_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent.parent)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    recipe = read_recipe(EXAMPLES / f"{name}.yaml")
+    for stage in recipe.stages:
+        StageAnswers(stage).close()
+    with contextlib.closing(open_source(recipe.inputs)) as source:
+        check_stages(recipe, source, [(None, None)] * len(recipe.stages))
+
+
+def batchmill(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = child_environment({"BATCHMILL_LOG_LEVEL": "warning", "PYTHONPATH": str(EXAMPLES)})
+    return subprocess.run(
+        python_module("batchmill", *arguments),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_the_command_runs_a_recipe_with_workers_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES.parent)
+    (tmp_path / "out").mkdir()
+    done = batchmill("run", "examples/recipes/sums.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = written("out/sums.jsonl")
+    assert len(rows) == 24
+    right = [row for row in rows.values() if row["sum"] == row["expected"]]
+    assert len(right) >= 20  # of a toy
+    assert all(row["kind"] == ("odd" if int(row["sum"]) % 2 else "even") for row in right)
+    again = batchmill("run", "examples/recipes/sums.yaml", cwd=tmp_path)
+    assert (again.returncode, "nothing has changed" in again.stderr) == (0, True)
+    wrong = batchmill("run", "examples/recipes/sums.yaml", "--max-tokens", "3", cwd=tmp_path)
+    assert (wrong.returncode, "--max-tokens belongs into the recipe" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sums", "vote", "words", "stories"])
+def test_the_examples_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES.parent)
+    (tmp_path / "out").mkdir()
+    done = batchmill("run", f"examples/recipes/{name}.yaml", "--fail-on-error", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

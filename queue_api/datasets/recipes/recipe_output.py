@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
 from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
+from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.layout.shown_columns import ShownColumns
 from queue_api.datasets.recipes.recipe import Recipe
 from queue_api.datasets.recipes.stage_source import RowSoFar, StageSource
@@ -22,7 +23,7 @@ from queue_api.datasets.summary import RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.wire.errors import DatasetError, InvalidRequestError
 
-__all__ = ["RecipeOutput", "RecipeSummary"]
+__all__ = ["RecipeOutput", "RecipeSummary", "open_output"]
 
 BATCH_ROWS = 1000
 
@@ -45,6 +46,30 @@ class RecipeSummary:
     """Whether nothing was asked or written: all was there."""
 
 
+@contextmanager
+def open_output(
+    recipe: Recipe, source: RowSource, warn: Callable[[str], None]
+) -> Iterator[RowSink]:
+    """Where a recipe's rows go; no other process can write there meanwhile.
+
+    :raises DatasetError: it can't be written, is the input, or has rows that no recipe wrote
+    """
+    sink = open_sink(recipe.output, recipe.outputs, warn=warn)
+    is_done = False
+    try:
+        if source.is_same_file(sink.info()):
+            raise DatasetError(f"{source.name} can't be both input and output")
+        first = next(sink.written(), None)
+        if first is not None and "attempt" in first.columns:  # a recipe's rows haven't one
+            raise DatasetError(
+                f"{sink.name} has the rows of a run without a recipe; choose another output file"
+            )
+        yield sink
+        is_done = True
+    finally:
+        sink.close(keep_empty=is_done)
+
+
 class RecipeOutput:
     """Brings an output up to what its recipe's stages said.
 
@@ -52,51 +77,38 @@ class RecipeOutput:
     any run writes. One that a stage's `keep` leaves out isn't there.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        source: StageSource,
-        numbers: Container[int],
-        warn: Callable[[str], None],
-    ) -> None:
+    def __init__(self, recipe: Recipe, source: StageSource, numbers: Container[int]) -> None:
         """:param numbers: the rows that the recipe is of"""
         self._recipe = recipe
         self._source = source
         self._numbers = numbers
-        self._warn = warn
         self._shown = ShownColumns(recipe.layout)
         self._columns = [name for stage in recipe.stages for name in stage.columns]
         self._made_by = set[Maker]()
 
-    def write(self, summary: RecipeSummary) -> None:
+    def write(self, sink: RowSink, summary: RecipeSummary) -> None:
         """Take out what isn't so any more, and append what is missing.
 
-        :raises DatasetError: it can't be written, or is another's
+        :raises DatasetError: it can't be written
         """
-        sink = open_sink(self._recipe.output, self._recipe.outputs, warn=self._warn)
-        with closing(sink):
-            if not _is_of_recipe(sink):
-                raise DatasetError(
-                    f"{sink.name} has rows that aren't of this recipe; choose another output file"
-                )
-            right = Bitmap()
-            for row in self._made(RecipeSummary()):
-                if row.index in sink and not sink.has_other(row.index, row.fingerprint):
-                    right.add(row.index)
-            if len(right) < sink.rows:
-                sink.drop(lambda row: row not in right)
-            waiting: list[MadeRow] = []
-            for row in self._made(summary):
-                if row.index not in sink:
-                    waiting.append(row)
-                if len(waiting) >= BATCH_ROWS:
-                    sink.append(waiting)
-                    waiting = []
-            sink.append(waiting)
-            sink.finish()
-            if sink.has_changed or not sink.certificate.exists():
-                said = {"recipe": self._recipe.model_dump(mode="json", exclude_unset=True)}
-                write_certificate(sink, summary.rows, self._made_by, said)
+        right = Bitmap()
+        for row in self._made(RecipeSummary()):
+            if row.index in sink and not sink.has_other(row.index, row.fingerprint):
+                right.add(row.index)
+        if len(right) < sink.rows:
+            sink.drop(lambda row: row not in right)
+        waiting: list[MadeRow] = []
+        for row in self._made(summary):
+            if row.index not in sink:
+                waiting.append(row)
+            if len(waiting) >= BATCH_ROWS:
+                sink.append(waiting)
+                waiting = []
+        sink.append(waiting)
+        sink.finish()
+        if sink.has_changed or not sink.certificate.exists():
+            said = {"recipe": self._recipe.model_dump(mode="json", exclude_unset=True)}
+            write_certificate(sink, summary.rows, self._made_by, said)
 
     def _made(self, summary: RecipeSummary) -> Iterator[MadeRow]:
         for row, (record, sofar) in enumerate(self._source.so_far()):
@@ -170,10 +182,3 @@ def _fingerprint(made: Mapping[str, Any]) -> str:
     said = {name: value for name, value in made.items() if name != "worker"}
     as_json = json.dumps(said, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(as_json.encode(errors="surrogatepass"), digest_size=8).hexdigest()
-
-
-def _is_of_recipe(sink: RowSink) -> bool:
-    """Whether what is there was written by a recipe, perhaps another one; plain runs' rows have
-    more."""
-    first = next(sink.written(), None)
-    return first is None or "attempt" not in first.columns

@@ -22,11 +22,11 @@ from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import RowParser
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.opening import open_source
-from queue_api.datasets.formats.row_sink import CERTIFICATE
+from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.recipes.check_stages import check_stages
 from queue_api.datasets.recipes.recipe import Recipe, RecipeStage
-from queue_api.datasets.recipes.recipe_output import RecipeOutput, RecipeSummary
+from queue_api.datasets.recipes.recipe_output import RecipeOutput, RecipeSummary, open_output
 from queue_api.datasets.recipes.stage_answers import StageAnswers
 from queue_api.datasets.recipes.stage_source import (
     Condition,
@@ -82,8 +82,9 @@ async def run_recipe(run: RecipeRun) -> RecipeSummary:
         conditions = [_conditions(stage) for stage in recipe.stages]
         said = [stack.enter_context(closing(StageAnswers(stage))) for stage in recipe.stages]
         await asyncio.to_thread(check_stages, recipe, source, conditions)
+        sink = stack.enter_context(open_output(recipe, source, run.warn))
         numbers = await asyncio.to_thread(_numbers, recipe, source)
-        folder = Path(f"{recipe.output.rstrip('/')}.stages")
+        folder = _folder(recipe.output)
         state = StagesDone(folder)
         done: list[DoneStage] = []
         for number, (stage, answers) in enumerate(zip(recipe.stages, said, strict=True)):
@@ -97,27 +98,43 @@ async def run_recipe(run: RecipeRun) -> RecipeSummary:
                 for file in asking.files:
                     answers.add(file)
             done.append(DoneStage(answers, *conditions[number], state.mark(stage.name)))
-        return await asyncio.to_thread(_write, run, source, done, numbers, state)
+        output = RecipeOutput(recipe, StageSource(source, done), numbers)
+        mark = _mark(source, recipe, done, recipe.model_dump_json(), "")
+        return await asyncio.to_thread(_write, output, sink, state, mark, run.parts)
 
 
 def _write(
-    run: RecipeRun,
-    source: RowSource,
-    done: Sequence[DoneStage],
-    numbers: Container[int],
+    output: RecipeOutput,
+    sink: RowSink,
     state: StagesDone,
+    mark: str,
+    parts: dict[str, RunSummary],
 ) -> RecipeSummary:
-    """Bring the output up to what the stages said."""
-    recipe = run.recipe
-    mark = _mark(source, recipe, done, recipe.model_dump_json(), "")
+    """Bring the output up to what the stages said.
+
+    :param mark: of what it depends on
+    """
     if state.has(OUTPUT, mark):
         return RecipeSummary(**state.said(OUTPUT))
-    summary = RecipeSummary(parts=run.parts)
-    RecipeOutput(recipe, StageSource(source, done), numbers, run.warn).write(summary)
-    files = [Path(recipe.output), Path(f"{recipe.output.rstrip('/')}{CERTIFICATE}")]
+    summary = RecipeSummary(parts=parts)
+    output.write(sink, summary)
     said = {name: value for name, value in asdict(summary).items() if name != "parts"}
+    files = [Path(sink.name), sink.certificate]
     state.note(OUTPUT, mark, files, **said | {"is_unchanged": True})
     return summary
+
+
+def _folder(output: str) -> Path:
+    """Where the stages' files stand.
+
+    :raises DatasetError: there can be no such folder
+    """
+    folder = Path(f"{output.rstrip('/')}.stages")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DatasetError(f"can't make {folder}: {error.strerror or error}") from None
+    return folder
 
 
 def _numbers(recipe: Recipe, source: RowSource) -> Container[int] | Sequence[int]:
@@ -165,7 +182,6 @@ class _Stage:
         """All passes."""
         stage, source = self.answers.stage, StageSource(self.source, self.done)
         numbers = await asyncio.to_thread(self._asked, source)
-        self.folder.mkdir(exist_ok=True)
         await self._pass(0, source, numbers, model)
         for attempt in range(1, stage.repair + 1):
             numbers = await asyncio.to_thread(self._invalid, source)
