@@ -210,7 +210,7 @@ def test_a_prompt_becomes_a_chat_where_that_is_asked_for() -> None:
     chat = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"}]
     rows = parse({"q": "What?"}, {"q": ""}, {"q": "Who?"}, prompt_column="q", chat=True)
     assert turns(rows[0]) == [("user", "What?")]
-    assert "'prompt' is empty ('prompt' is column 'q')" in wrong(rows[1])
+    assert "column 'q' is empty: the row has no prompt" in wrong(rows[1])
     rows = parse({"messages": chat}, {"prompt": [5]}, {"prompt": "Hi"}, chat=True)
     assert turns(rows[0]) == [("system", "Own."), ("user", "Hi")]
     assert "a prompt of token ids can't be a chat" in wrong(rows[1])

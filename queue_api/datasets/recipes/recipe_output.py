@@ -91,12 +91,13 @@ class RecipeOutput:
 
         :raises DatasetError: it can't be written
         """
-        right = Bitmap()
-        for row in self._made(RecipeSummary()):
-            if row.index in sink and not sink.has_other(row.index, row.fingerprint):
-                right.add(row.index)
-        if len(right) < sink.rows:
-            sink.drop(lambda row: row not in right)
+        if sink.rows:
+            right = Bitmap()
+            for row in self._made(RecipeSummary()):
+                if row.index in sink and not sink.has_other(row.index, row.fingerprint):
+                    right.add(row.index)
+            if len(right) < sink.rows:
+                sink.drop(lambda row: row not in right)
         waiting: list[MadeRow] = []
         for row in self._made(summary):
             if row.index not in sink:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,31 +26,31 @@ class WrittenAnswers:
     """The lines of a pass that is done, found by row; 8 bytes each are held."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
         self._places = array("Q")
         place = 0
-        for line in self._file:
-            row = json.loads(line)["row"]
-            if row >= len(self._places):
-                self._places.extend([_NONE] * (row + 1 - len(self._places)))
-            self._places[row] = place
-            place += len(line)
+        with path.open("rb") as file:
+            for line in file:
+                row = json.loads(line)["row"]
+                if row >= len(self._places):
+                    self._places.extend([_NONE] * (row + 1 - len(self._places)))
+                self._places[row] = place
+                place += len(line)
+            # its rows are read in another order than it has them: each a seek and a read otherwise
+            self._content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if place else b""
 
     def get(self, row: int) -> dict[str, Any] | None:
         """What the file has of a row."""
         if row >= len(self._places) or self._places[row] == _NONE:
             return None
-        self._file.seek(self._places[row])
-        found: dict[str, Any] = json.loads(self._file.readline())
+        place = self._places[row]
+        end = self._content.find(b"\n", place)
+        found: dict[str, Any] = json.loads(self._content[place:end])
         return found
-
-    def rows(self) -> Iterator[int]:
-        """The rows that it has, in order."""
-        return (row for row, place in enumerate(self._places) if place != _NONE)
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        if isinstance(self._content, mmap.mmap):
+            self._content.close()
 
 
 @dataclass(frozen=True)
