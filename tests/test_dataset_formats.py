@@ -577,16 +577,16 @@ def test_values_come_as_json_can_say_them(tmp_path: Path, kind: str) -> None:
         "day": (pyarrow.array([date(2024, 5, 6)]), '"2024-05-06"'),
         "took": (pyarrow.array([timedelta(seconds=1.5)]), "1.5"),
         "took_ns": (pyarrow.array([1_500_000_001], pyarrow.duration("ns")), "1.500000001"),
-        "bytes": (pyarrow.array([b"\xff\0"]), '{"base64": "/wA="}'),
+        "bytes": (pyarrow.array([b"\xff\0"]), '{"base64":"/wA="}'),
         "text": (pyarrow.array(["é".encode()]), '"é"'),
         "nan": (pyarrow.array([float("nan")]), "null"),
         "map": (
             pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
-            '{"a": 1}',
+            '{"a":1}',
         ),
         "numbers": (
             pyarrow.array([[(1, 2)]], pyarrow.map_(pyarrow.int8(), pyarrow.int8())),
-            "[[1, 2]]",
+            "[[1,2]]",
         ),
         "large": (pyarrow.array([2**64 - 1], pyarrow.uint64()), str(2**64 - 1)),
     }
@@ -595,7 +595,7 @@ def test_values_come_as_json_can_say_them(tmp_path: Path, kind: str) -> None:
     (record,) = records_of(path)
     assert record.error is None, record.error
     shown = {name: dump_row({"v": value}).decode() for name, value in record.shown.items()}
-    assert shown == {name: f'{{"v": {text}}}\n' for name, (_, text) in columns.items()}
+    assert shown == {name: f'{{"v":{text}}}\n' for name, (_, text) in columns.items()}
     assert record.read["decimal"] == 12.3
 
 

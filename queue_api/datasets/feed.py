@@ -8,10 +8,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from queue_api.client.chunk_writer import ChunkWriter
 from queue_api.client.client import Client
 from queue_api.client.reader import Subscription
+from queue_api.connection.tasks import in_thread
 from queue_api.datasets.columns import Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit, ErrorWatch
@@ -340,22 +342,30 @@ class DatasetRun:
         return self._total is None and index < self._opened.submitted + self._window
 
     async def _write(self, answered: Sequence[tuple[Row, bytes]]) -> None:
-        rows, made_now = [], []
+        rows, results, made_now = [], [], []
         for row, raw in answered:
             cached = self._found.pop(row.index, None)
             result = cached or parse_result(self._opened.run, row.index, raw)
             self._check_maker(result)
-            self.summary.add(result, is_cached=cached is not None)
+            results.append((result, cached is not None))
             if cached is None and isinstance(row.request, GenerationRequest):
                 made_now.append((row.request, result))
-            self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
             made = output_row(row.columns, result, row.fingerprint, row.row, row.answers)
             rows.append(MadeRow(row.row, row.fingerprint, made, row.number, row.raw))
-        await asyncio.to_thread(self._sink.append, rows)
+        await in_thread(partial(self._append, rows, results))
         if self._cache is not None:
-            await asyncio.to_thread(self._cache.keep, made_now)
+            await in_thread(partial(self._cache.keep, made_now))
         self._tell()
         self._check_errors()
+
+    def _append(
+        self, rows: Sequence[MadeRow], results: Sequence[tuple[GenerationResult, bool]]
+    ) -> None:
+        """Write rows and count them: both or none, whatever becomes of the task."""
+        self._sink.append(rows)
+        for result, is_cached in results:
+            self.summary.add(result, is_cached=is_cached)
+            self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
 
     def _check_maker(self, result: GenerationResult) -> None:
         """:raises DatasetError: the output was begun with another model"""

@@ -70,6 +70,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 8192
+MOST_LOSSES = 10
+"""Of a run by Redis, without a row written between: it doesn't keep anything."""
 
 
 @dataclass
@@ -143,31 +145,33 @@ class Dataset:
     ) -> RunSummary:
         makers = await _models(client, queue)
         await self._drop_other_models(makers)
-        summary, num_written = None, 0
+        summary: RunSummary | None = None
+        losses = 0
         while True:
-            opened = await _open(client, self, queue, chunk_size, makers)
-            work = DatasetRun(
-                client,
-                opened,
-                self.sink,
-                data=self.data,
-                parser=self.parser(self.warn if summary is None else _say_nothing),
-                window=window,
-                limit=limit,
-                ordered=self.ordered,
-                cache=kept,
-                makers=makers,
-                listener=listener,
-                summary=summary,
-            )
+            written = self.sink.rows
             try:
-                summary = await work.run()
+                opened = await _open(client, self, queue, chunk_size, makers)
+                work = DatasetRun(
+                    client,
+                    opened,
+                    self.sink,
+                    data=self.data,
+                    parser=self.parser(self.warn if summary is None else _say_nothing),
+                    window=window,
+                    limit=limit,
+                    ordered=self.ordered,
+                    cache=kept,
+                    makers=makers,
+                    listener=listener,
+                    summary=summary,
+                )
+                summary = work.summary
+                await work.run()
                 break
             except RunNotFoundError:
-                is_new = summary is None or work.summary.rows > num_written
-                if not self.data.source.is_repeatable or not is_new:
+                losses = 1 if self.sink.rows > written else losses + 1
+                if not self.data.source.is_repeatable or losses > MOST_LOSSES:
                     raise
-                summary, num_written = work.summary, work.summary.rows
                 self.warn("Redis lost the run: what isn't written is asked for again")
                 await self.data.start_over()
         if self.turn is None or self.turn.number == self.turn.total:

@@ -28,7 +28,7 @@ class Quantiles:
         self.count += 1
         if len(self._sample) < self._size:
             self._sample.append(value)
-        elif (place := self._random.randrange(self.count)) < self._size:
+        elif (place := int(self._random.random() * self.count)) < self._size:
             self._sample[place] = value
 
     def at(self, fraction: float) -> float | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from queue_api.datasets.formats.record import RawJson, Record
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import InvalidRequestError
@@ -130,20 +132,23 @@ class JsonRecordReader:
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of JSON with its end, in UTF-8."""
-    if any(isinstance(value, RawJson) for value in row.values()):
-        parts = (f"{_dumped(name)}: {_dumped(value)}" for name, value in row.items())
-        return ("{" + ", ".join(parts) + "}\n").encode()
     try:
-        return _dumped(row).encode() + b"\n"
-    except UnicodeEncodeError:
-        # half a surrogate pair: JSON can say it, UTF-8 can't
-        return json.dumps(row).encode() + b"\n"
+        if not any(isinstance(value, RawJson) for value in row.values()):
+            return to_json(row) + b"\n"
+    except PydanticSerializationError:
+        pass  # a column of which it can't be said in UTF-8
+    columns = (to_json(name) + b":" + _dumped(value) for name, value in row.items())
+    return b"{" + b",".join(columns) + b"}\n"
 
 
-def _dumped(value: Any) -> str:
+def _dumped(value: Any) -> bytes:
     if isinstance(value, RawJson):
-        return value
-    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
+        return value.encode()
+    try:
+        return to_json(value)
+    except PydanticSerializationError:
+        # half a surrogate pair: JSON can say it, UTF-8 can't
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _no_object(text: str) -> InvalidRequestError:

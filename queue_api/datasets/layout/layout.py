@@ -51,6 +51,10 @@ class Layout:
     """Columns that don't come back."""
 
     def __post_init__(self) -> None:
+        # the same layout whether a list or a tuple is given
+        object.__setattr__(self, "drop", tuple(self.drop))
+        if self.select is not None:
+            object.__setattr__(self, "select", tuple(self.select))
         given = [name for name in _SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             first, second = (name.replace("_", " ") for name in given[:2])
