@@ -84,7 +84,7 @@ def test_a_column_comes_back_as_it_was_written(value: str) -> None:
     assert isinstance(row.request, GenerationRequest)
     sent = GenerationRequest.model_validate_json(row.as_json or b"")
     result = GenerationResult(id="0", finish_reason="stop", metadata=sent.metadata)
-    assert f'"x": {shown[1]}, ' in dump_row(output_row(result.metadata, result)).decode()
+    assert f'"x":{shown[1]},' in dump_row(output_row(result.metadata, result)).decode()
 
 
 @pytest.mark.parametrize(

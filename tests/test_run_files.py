@@ -324,7 +324,7 @@ def test_an_output_that_changed_since_is_told(shell: Shell, tmp_path: Path) -> N
     assert "no certificate" in done.stderr
     assert shell("$RUN in.jsonl -o out.jsonl").returncode == 0
     content = (tmp_path / "out.jsonl").read_text()
-    (tmp_path / "out.jsonl").write_text(content.replace('"text": "a a"', '"text": "b b"'))
+    (tmp_path / "out.jsonl").write_text(content.replace('"text":"a a"', '"text":"b b"'))
     done = shell("$BATCHMILL verify out.jsonl")
     assert (done.returncode, done.stdout) == (3, "row 0 has changed\n")
     done = shell("$RUN in.jsonl -o out.jsonl")
