@@ -19,7 +19,14 @@ from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.row_sink import CERTIFICATE, RowSink
 from queue_api.wire.errors import DatasetError
 
-__all__ = ["block_digests", "contradiction", "ranges", "read_certificate", "write_certificate"]
+__all__ = [
+    "block_digests",
+    "contradiction",
+    "put_in_place",
+    "ranges",
+    "read_certificate",
+    "write_certificate",
+]
 
 FORM = 1
 MOST_BLOCKS = 4096
@@ -64,7 +71,7 @@ def write_certificate(
         "digests": block_digests(sink.digests, rows_each),
     }
     try:
-        _put(sink.certificate, json.dumps(content, indent=1, ensure_ascii=False))
+        put_in_place(sink.certificate, json.dumps(content, indent=1, ensure_ascii=False))
     except OSError as error:
         raise DatasetError(f"can't write {sink.certificate}: {error.strerror or error}") from None
 
@@ -73,7 +80,8 @@ def _place_of(sink: RowSink, folder: Path) -> dict[str, str]:
     return {"name": os.path.relpath(sink.name, folder), "format": sink.format}
 
 
-def _put(path: Path, content: str) -> None:
+def put_in_place(path: Path, content: str) -> None:
+    """Write a file, in one instant: whoever reads it meanwhile has the old one or the new one."""
     aside = path.with_name(f".{path.name}.new")
     with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(content)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from queue_api.client.chunk_writer import ChunkWriter
 from queue_api.client.client import Client
@@ -25,6 +26,7 @@ from queue_api.datasets.in_order import InOrder
 from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import no_such_row, other_model, other_row
 from queue_api.datasets.row_numbers import RowNumbers
+from queue_api.datasets.run_statistics import Origin
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.bitmap import Bitmap
 from queue_api.store.reconcile import Reconciler
@@ -32,7 +34,7 @@ from queue_api.store.run_store import Entry, if_possible, parse_result
 from queue_api.wire.errors import DatasetError, RequestError, RowsFailedError
 from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationResult
 
-__all__ = ["DatasetRun", "OpenedRun"]
+__all__ = ["DatasetRun", "OpenedRun", "WrittenListener"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,12 @@ PROGRESS_EVERY_S = 0.1
 FINISHED_JOB_TTL_S = 5
 """A finished job holds its prompts, and a long run finishes many: at most so many seconds' worth of
 them stay in Redis beside the window."""
+
+
+class WrittenListener(Protocol):
+    """Is told of rows that are written."""
+
+    def __call__(self, row: Row, result: GenerationResult, origin: Origin) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,12 @@ class DatasetRun:
         cache: ResponseCache | None,
         makers: Collection[Maker],
         listener: Callable[[Progress], None] | None,
+        on_written: WrittenListener | None = None,
         summary: RunSummary | None = None,
     ) -> None:
-        """:param summary: of a life before, in the same process, to be gone on with"""
+        """:param on_written: is called with each row when it is on disk
+        :param summary: of a life before, in the same process, to be gone on with
+        """
         self._store = client.store
         self._reader = client.reader
         self._opened = opened
@@ -98,6 +109,7 @@ class DatasetRun:
         """Models that made rows of the output."""
         self._allowed = {*makers, *sink.makers}
         self._listener = listener
+        self._on_written = on_written
         self._chunks = ChunkWriter(
             self._store,
             opened.run,
@@ -161,6 +173,11 @@ class DatasetRun:
     def total(self) -> int:
         """How many rows the input has; once `run` has ended."""
         return self._total or 0
+
+    @property
+    def counted(self) -> int | None:
+        """The same, as far as it is known by now."""
+        return self._total if self._total is not None else self._counted
 
     @property
     def made_by(self) -> set[Maker]:
@@ -347,7 +364,7 @@ class DatasetRun:
             cached = self._found.pop(row.index, None)
             result = cached or parse_result(self._opened.run, row.index, raw)
             self._check_maker(result)
-            results.append((result, cached is not None))
+            results.append((row, result, self._origin(row, is_cached=cached is not None)))
             if cached is None and isinstance(row.request, GenerationRequest):
                 made_now.append((row.request, result))
             made = output_row(row.columns, result, row.fingerprint, row.row, row.answers)
@@ -359,13 +376,20 @@ class DatasetRun:
         self._check_errors()
 
     def _append(
-        self, rows: Sequence[MadeRow], results: Sequence[tuple[GenerationResult, bool]]
+        self, rows: Sequence[MadeRow], results: Sequence[tuple[Row, GenerationResult, Origin]]
     ) -> None:
         """Write rows and count them: both or none, whatever becomes of the task."""
         self._sink.append(rows)
-        for result, is_cached in results:
-            self.summary.add(result, is_cached=is_cached)
+        for row, result, origin in results:
+            self.summary.add(result, is_cached=origin is Origin.CACHED)
             self._errors.note(is_error=result.finish_reason is FinishReason.ERROR)
+            if self._on_written is not None:
+                self._on_written(row, result, origin)
+
+    def _origin(self, row: Row, *, is_cached: bool) -> Origin:
+        if is_cached:
+            return Origin.CACHED
+        return Origin.FOUND if row.index in self._opened.waiting else Origin.MADE
 
     def _check_maker(self, result: GenerationResult) -> None:
         """:raises DatasetError: the output was begun with another model"""
@@ -392,7 +416,7 @@ class DatasetRun:
         self._listener(
             Progress(
                 done=self.summary.resumed + self.summary.rows,
-                total=self._total if self._total is not None else self._counted,
+                total=self.counted,
                 errors=self.summary.errors,
                 completion_tokens=self.summary.completion_tokens,
                 elapsed_s=now - self._started_at,

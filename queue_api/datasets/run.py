@@ -23,7 +23,7 @@ from queue_api.datasets.chosen_source import ChosenSource
 from queue_api.datasets.columns import RowParser, check_fields
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit
-from queue_api.datasets.feed import DatasetRun, OpenedRun
+from queue_api.datasets.feed import DatasetRun, OpenedRun, WrittenListener
 from queue_api.datasets.formats.jsonl_sink import JsonLinesSink
 from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.memory_sink import MemorySink
@@ -39,6 +39,7 @@ from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import changed_rows, check_chosen, check_makers
 from queue_api.datasets.row_numbers import chosen_rows
 from queue_api.datasets.row_selection import RowSelection
+from queue_api.datasets.run_statistics import RunStatistics
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.datasets.turns import Answers, TurnPass, place_of_answers
 from queue_api.store.bitmap import Bitmap
@@ -108,8 +109,12 @@ class Dataset:
         cache: Path | str | None = None,
         cache_scope: str = "",
         on_progress: Callable[[Progress], None] | None = None,
+        statistics: RunStatistics | None = None,
     ) -> RunSummary:
-        """Ask for what isn't written yet, and write it; as run_dataset."""
+        """Ask for what isn't written yet, and write it; as run_dataset.
+
+        :param statistics: gathers what a report shows
+        """
         self.keeps_empty = True
         queue = queue or client.settings.queue
         kept = None if cache is None else ResponseCache(cache, cache_scope)
@@ -121,14 +126,19 @@ class Dataset:
             window=window,
             kept=kept,
             listener=on_progress,
+            statistics=statistics,
         )
         limit = ErrorLimit.of(max_errors)
+        if statistics is not None:
+            statistics.start()
         try:
             if self.layout.turns_column is None:
                 return await ask(self, limit=limit)
             await self._drop_other_models(await _models(client, queue))
             return await self._ask_in_turns(ask, limit)
         finally:
+            if statistics is not None:
+                statistics.end(self.sink)
             if kept is not None:
                 kept.close()
 
@@ -141,12 +151,17 @@ class Dataset:
         window: int,
         kept: ResponseCache | None,
         listener: Callable[[Progress], None] | None,
+        statistics: RunStatistics | None,
         limit: ErrorLimit | None = None,
     ) -> RunSummary:
         makers = await _models(client, queue)
         await self._drop_other_models(makers)
         summary: RunSummary | None = None
         losses = 0
+        is_last = self.turn is None or self.turn.number == self.turn.total
+        on_written: WrittenListener | None = None
+        if statistics is not None:
+            on_written = statistics.add if is_last else statistics.add_earlier_turn
         while True:
             written = self.sink.rows
             try:
@@ -163,10 +178,15 @@ class Dataset:
                     cache=kept,
                     makers=makers,
                     listener=listener,
+                    on_written=on_written,
                     summary=summary,
                 )
                 summary = work.summary
-                await work.run()
+                try:
+                    await work.run()
+                finally:
+                    if statistics is not None and is_last:
+                        statistics.note_rows(work.summary, work.counted)
                 break
             except RunNotFoundError:
                 losses = 1 if self.sink.rows > written else losses + 1
@@ -174,7 +194,7 @@ class Dataset:
                     raise
                 self.warn("Redis lost the run: what isn't written is asked for again")
                 await self.data.start_over()
-        if self.turn is None or self.turn.number == self.turn.total:
+        if is_last:
             await asyncio.to_thread(self._finish, work)
         return summary
 
