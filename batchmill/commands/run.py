@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,7 @@ from batchmill.offline.dry_run import dry_run as show_prompts
 from batchmill.offline.offline import OfflineRun, run_offline
 from batchmill.offline.recipe import RecipeOptions
 from batchmill.offline.report import sample_table, summary_table
+from batchmill.offline.run_report import Price, RunReport
 from batchmill.offline.worker_setup import cache_scope, model_of, worker_environment
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
@@ -127,6 +129,22 @@ def run(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page about the run there when it ends, and FILE.json.",
+            show_default=False,
+        ),
+    ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IN,OUT",
+            help="What a million prompt tokens and a million generated ones cost, for --report.",
+            show_default=False,
+        ),
+    ] = None,
     redis_url: RedisUrl = None,
 ) -> None:
     """Answer a file of prompts on this machine: start workers, and Redis unless there is one.
@@ -149,6 +167,8 @@ def run(
         return
     if output is None:
         raise ConfigurationError("say where the answers go: -o FILE")
+    if price is not None and report is None:
+        raise ConfigurationError("--price is for a --report")
     # Read here as the workers will: what is wrong is said once and before anything starts.
     settings = WorkerSettings.load(**engine)
     engine_config(settings)
@@ -178,6 +198,7 @@ def run(
         cache=cache,
         cache_scope=cache_scope(settings) if workers else "other workers",
         outputs=outputs,
+        report=None if report is None else RunReport(report, Price.of(price)),
     )
     if dry_run:
         _show_dry_run(job, settings)

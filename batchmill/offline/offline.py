@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import redis
 from rich.console import Console
@@ -18,14 +19,17 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from batchmill.offline.local_workers import LocalCluster
 from batchmill.offline.report import progress_display
+from batchmill.offline.run_report import RunReport
 from queue_api.client.client import Client
 from queue_api.connection.embedded import EmbeddedRedis
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.formats.output_options import OutputOptions
+from queue_api.datasets.formats.row_sink import CERTIFICATE
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
+from queue_api.datasets.run_statistics import RunStatistics
 from queue_api.datasets.summary import Progress, RunSummary
 from queue_api.store.jobs import GenerateQueue
 from queue_api.store.run_store import RunStore
@@ -81,6 +85,8 @@ class OfflineRun:
     cache_scope: str = ""
     """The workers' settings that texts depend on."""
     outputs: OutputOptions = field(default_factory=OutputOptions)
+    report: RunReport | None = None
+    """A page about the run; None: none."""
 
 
 async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
@@ -92,7 +98,52 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
     async with _files(job, console) as dataset:
         if dataset.data.how_read:
             console.print(dataset.data.how_read, markup=False, highlight=False, soft_wrap=True)
-        return await answer(job, dataset, console)
+        if job.report is None:
+            return await answer(job, dataset, console)
+        with job.report.written_at_end(dataset, _shown(job), _warner(console)) as statistics:
+            return await answer(job, dataset, console, statistics)
+
+
+def _written(job: OfflineRun) -> Iterator[str]:
+    """The files that the run writes."""
+    if job.output != "-":
+        yield job.output
+        yield job.output + CERTIFICATE
+    if errors := job.outputs.errors_of(job.output):
+        yield errors
+
+
+def _shown(job: OfflineRun) -> dict[str, Any]:
+    """How the run was started, for a report: without addresses, which may have passwords."""
+    prefix = "BATCHMILL_"
+    workers = {
+        name.removeprefix(prefix).lower().replace("_", " "): value
+        for name, value in sorted(job.worker_environment.items())
+        if name != f"{prefix}LOG_LEVEL"
+    }
+    given = {
+        "sampling": job.defaults.model_dump(mode="json", exclude_unset=True) or "as the model's",
+        "workers": job.num_workers or f"those that serve {job.queue}",
+        "window": job.window,
+        **{name: getattr(job, name) for name in ("chunk_size", "format", "cache")},
+        **{name: getattr(job, name) for name in ("ordered", "retry_errors", "redo_changed")},
+        "max_errors": _unlike(job.max_errors or ErrorLimit(), ErrorLimit()),
+        "layout": _unlike(job.layout, Layout()),
+        "selection": _unlike(job.selection or RowSelection(), RowSelection()),
+        "outputs": _unlike(job.outputs, OutputOptions()),
+    }
+    given = {name.replace("_", " "): value for name, value in given.items() if value}
+    return {"model": workers.pop("model", "the workers'"), **given, **workers}
+
+
+def _unlike(given: Any, default: Any) -> dict[str, Any]:
+    """What of an option's values isn't as it is without the option."""
+    values = asdict(given).items()
+    return {name: value for name, value in values if value and value != getattr(default, name)}
+
+
+def _warner(console: Console) -> Callable[[str], None]:
+    return lambda line: _show(console, f"WARNING {line}")
 
 
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
@@ -111,11 +162,13 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         redo_changed=job.redo_changed,
         ordered=job.ordered,
         outputs=job.outputs,
-        warn=lambda line: _show(console, f"WARNING {line}"),
+        warn=_warner(console),
     )
 
 
-async def answer(job: OfflineRun, dataset: Dataset, console: Console) -> RunSummary:
+async def answer(
+    job: OfflineRun, dataset: Dataset, console: Console, statistics: RunStatistics | None = None
+) -> RunSummary:
     """Start what the job needs beside its files, have the rows answered, and stop it."""
     with _redis(job.redis_url) as (redis_url, server), progress_display(console) as display:
         queue = job.queue or f"run-{dataset.run_id}"
@@ -132,7 +185,9 @@ async def answer(job: OfflineRun, dataset: Dataset, console: Console) -> RunSumm
             await client.store.connect()
             async with cluster:
                 generation = asyncio.create_task(
-                    _generate(job, client, dataset, cluster, display.update)
+                    _generate(
+                        job, client, dataset, cluster, show=display.update, statistics=statistics
+                    )
                 )
                 summary = await _unless_cluster_ends(generation, cluster, server)
             if job.queue is None:
@@ -145,7 +200,9 @@ async def _generate(
     client: Client,
     dataset: Dataset,
     cluster: LocalCluster,
+    *,
     show: Callable[[Progress], None],
+    statistics: RunStatistics | None,
 ) -> RunSummary:
     texts = 0
 
@@ -170,6 +227,7 @@ async def _generate(
         cache=job.cache,
         cache_scope=job.cache_scope,
         on_progress=on_progress,
+        statistics=statistics,
     )
 
 
@@ -260,6 +318,8 @@ def check(job: OfflineRun) -> None:
 
     :raises ConfigurationError: something is missing
     """
+    if job.report is not None:
+        job.report.check(_written(job))
     if not job.num_workers:
         if job.redis_url is None or job.queue is None:
             raise ConfigurationError(
