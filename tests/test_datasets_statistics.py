@@ -22,7 +22,7 @@ from queue_api.datasets.columns import Row
 from queue_api.datasets.distribution import Distribution
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import open_dataset
-from queue_api.datasets.run_statistics import MOST_BUCKETS, Origin, RunStatistics
+from queue_api.datasets.run_statistics import FIRST_BUCKET_S, MOST_BUCKETS, Origin, RunStatistics
 from queue_api.wire.schemas import (
     ErrorDetail,
     FinishReason,
@@ -67,7 +67,7 @@ def test_what_is_counted_over_time_stands_where_it_was_however_long_it_took(
     width = found["bucket_s"]
     assert len(found["made"]) <= MOST_BUCKETS
     assert max(moments) < width * MOST_BUCKETS
-    assert width == 0.1 or max(moments) >= width / 2 * MOST_BUCKETS * (1 - 1e-9), (
+    assert width == FIRST_BUCKET_S or max(moments) >= width / 2 * MOST_BUCKETS * (1 - 1e-9), (
         "no wider than it must"
     )
     assert sum(found["made"]) == len(moments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from markupsafe import Markup
 
@@ -16,7 +16,7 @@ __all__ = ["Series", "histogram", "over_time"]
 
 WIDTH, HEIGHT = 1000, 100
 """Of an SVG, in its own units."""
-MOST_STEPS = 80
+MOST_STEPS = 60
 MOST_BARS = 40
 TICKS = 4
 
@@ -158,18 +158,25 @@ def _decades(low: float, high: float) -> Iterator[float]:
 def _area(
     colour: str, x: Sequence[float], low: Sequence[float], high: Sequence[float], top: float
 ) -> str:
-    def line(values: Sequence[float]) -> list[str]:
+    """Where the part has any: elsewhere its outline would lie on that of the part below it."""
+
+    def line(values: Sequence[float], steps: Sequence[int]) -> list[str]:
         corners = []
-        for place, value in enumerate(values):
-            y = HEIGHT * (1 - value / top)
+        for place in steps:
+            y = HEIGHT * (1 - values[place] / top)
             corners += [f"{x[place]:.2f} {y:.2f}", f"{x[place + 1]:.2f} {y:.2f}"]
         return corners
 
-    upper = line(high)
-    outline = "L".join([*upper, *reversed(line(low))])
+    filled, outline = [], []
+    for is_there, group in groupby(range(len(high)), lambda place: high[place] > low[place]):
+        if is_there:
+            steps = [*group]
+            upper = line(high, steps)
+            filled.append(f"M{'L'.join([*upper, *reversed(line(low, steps))])}Z")
+            outline.append(f"M{'L'.join(upper)}")
     return (
-        f'<path class="area {colour}" d="M{outline}Z"/>'
-        f'<path class="line {colour}" d="M{"L".join(upper)}"/>'
+        f'<path class="area {colour}" d="{"".join(filled)}"/>'
+        f'<path class="line {colour}" d="{"".join(outline)}"/>'
     )
 
 

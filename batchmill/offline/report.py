@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from batchmill.offline.time_left import TimeLeft
 from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.summary import Progress, Quantiles, RunSummary
@@ -51,18 +52,36 @@ def _tokens_per_s(progress: Progress) -> float:
     return progress.completion_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
 
 
-def _time_left(progress: Progress) -> str:
-    """From the rows done since this process began; nothing where there are none to tell by."""
+def _rows_per_s(progress: Progress) -> float:
     new = progress.done - progress.resumed
-    if progress.total is None or not new:
+    return new / progress.elapsed_s if progress.elapsed_s else 0.0
+
+
+def _speed(progress: Progress) -> str:
+    """Of this process's time."""
+    rows = _rows_per_s(progress)
+    shown = f"{rows:,.0f}" if rows >= 10 or not rows else f"{rows:.2g}"
+    return f"{shown} rows/s  {_tokens_per_s(progress):,.0f} tokens/s"
+
+
+def _time_left(progress: Progress, time_left: TimeLeft) -> str:
+    """A range, or one time where both ends are the same."""
+    time_left.note(progress)
+    if (found := time_left.seconds(progress)) is None:
         return ""
-    left_s = round((progress.total - progress.done) * progress.elapsed_s / new)
-    return f"  ETA {left_s // 3600}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+    least, most = map(_clock, found)
+    return f"  ETA {least}" if least == most else f"  ETA {least} to {most}"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 class _LiveBar:
     def __init__(self, bar: RichProgress) -> None:
         self._bar = bar
+        self._time_left = TimeLeft()
         self._task = bar.add_task("starting workers", total=None, speed="", left="")
 
     def update(self, progress: Progress) -> None:
@@ -71,18 +90,20 @@ class _LiveBar:
             description="generating" if progress.done else "starting workers",
             completed=progress.done,
             total=progress.total,
-            speed=f"{_tokens_per_s(progress):,.0f} tokens/s",
-            left=(_time_left(progress) + _errors(progress)).lstrip(),
+            speed=_speed(progress),
+            left=(_time_left(progress, self._time_left) + _errors(progress)).lstrip(),
         )
 
 
 class _PlainLines:
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._time_left = TimeLeft()
         self._due_at = 0.0
         self._finished = False
 
     def update(self, progress: Progress) -> None:
+        left = _time_left(progress, self._time_left)
         finished = progress.total is not None and progress.done >= progress.total
         if self._finished or (time.monotonic() < self._due_at and not finished):
             return
@@ -90,9 +111,7 @@ class _PlainLines:
         self._due_at = time.monotonic() + PLAIN_EVERY_S
         total = "?" if progress.total is None else progress.total
         self._console.print(
-            f"{progress.done}/{total} rows  {_tokens_per_s(progress):,.0f} tokens/s"
-            + _time_left(progress)
-            + _errors(progress),
+            f"{progress.done}/{total} rows  {_speed(progress)}{left}{_errors(progress)}",
             highlight=False,
         )
 

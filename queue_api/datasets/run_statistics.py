@@ -24,7 +24,7 @@ from queue_api.wire.schemas import FinishReason, GenerationRequest, GenerationRe
 __all__ = ["Origin", "RunStatistics"]
 
 MOST_BUCKETS = 240
-FIRST_BUCKET_S = 0.1
+FIRST_BUCKET_S = 0.25
 NUM_SAMPLES = 8
 MOST_NAMED = 50
 """Kinds of errors, workers and models; the rest is counted as one."""
