@@ -19,10 +19,10 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
   ASAN_OPTIONS=detect_leaks=0 XDG_CACHE_HOME=$(CURDIR)/build/sanitize \
   CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
 
-.PHONY: help install demo test test-servers lint types format check floors inputs bench bench-cache bench-queue chaos sanitize cluster clean
+.PHONY: help install demo test test-servers lint types format check floors inputs report-picture bench bench-cache bench-queue chaos sanitize cluster clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Install everything into .venv
 
@@ -63,6 +63,9 @@ floors: ## Draw docs/floors.svg, the wings and their imports, from the sources
 
 inputs: $(INSTALLED) ## Write docs/inputs.md, the table of input files, from the tests' list
 	PYTHONPATH=tests $(BIN)/python docs/list_inputs.py docs/inputs.md
+
+report-picture: $(INSTALLED) ## Test the page of --report in Chromium (pip install playwright) and save docs/report.png
+	REPORT_PICTURE=docs/report.png $(PYTEST) -m slow tests/test_report_browser.py
 
 bench: $(INSTALLED) ## Measure bulk generation beside transformers and the peers installed (extra "bench")
 	$(BIN)/python -m benchmarks.throughput $(BENCH)
