@@ -47,6 +47,7 @@ def test_wheel_carries_scripts_types_and_the_demo_model(wheel):
     } <= names
     weights = "engine/demo_model/batchmill-demo"
     assert {f"{weights}/{name}" for name in ("model.safetensors", "tokenizer.json")} <= names
+    assert "batchmill/offline/report_page.html.jinja" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 

@@ -44,6 +44,8 @@ def check_options(context: typer.Context, inputs: Sequence[str], *, dry_run: boo
         raise ConfigurationError(
             "--dry-run is of one question; of a recipe try the first rows: 'rows: {limit: 5}'"
         )
+    if is_given(context, "report") or is_given(context, "price"):
+        raise ConfigurationError("--report is of one question; a recipe has none yet")
     for parameter in context.command.params:
         if parameter.name not in ALLOWED and is_given(context, parameter.name or ""):
             raise ConfigurationError(
