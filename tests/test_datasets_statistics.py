@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from queue_api.client.client import Client
 from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.columns import Row
 from queue_api.datasets.distribution import Distribution
+from queue_api.datasets.formats.row_sink import MadeRow
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.run import open_dataset
 from queue_api.datasets.run_statistics import FIRST_BUCKET_S, MOST_BUCKETS, Origin, RunStatistics
@@ -205,6 +207,40 @@ def test_rows_are_told_apart_by_the_life_that_made_them(
         "made": 5,
         "found": 0,
     }
+
+
+def test_rows_that_are_being_written_when_a_run_is_broken_off_count(
+    settings: QueueSettings, answerer: Answerer, tmp_path: Path
+) -> None:
+    """They are in the output: a run that went on in this process would count none of them again."""
+    source, output = write_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    began, goes_on = threading.Event(), threading.Event()
+    statistics = RunStatistics()
+
+    async def broken_off() -> int:
+        async with Client(settings=settings) as client, open_dataset(source, output) as dataset:
+            append = dataset.sink.append
+
+            def slowly(rows: Sequence[MadeRow]) -> None:
+                began.set()
+                assert goes_on.wait(60)
+                append(rows)
+
+            dataset.sink.append = slowly  # type: ignore[method-assign]
+            async with answerer.answering():
+                work = asyncio.create_task(dataset.run(client, statistics=statistics))
+                await asyncio.to_thread(began.wait, 60)
+                work.cancel()
+                await asyncio.sleep(0)
+                goes_on.set()
+                await asyncio.wait([work])
+            assert work.cancelled()
+            return dataset.sink.rows
+
+    written = asyncio.run(broken_off())
+    assert 0 < written <= NUM_ROWS
+    found = statistics.as_json()["rows"]
+    assert (found["made"], found["out"]) == (written, written)
 
 
 def test_turns_before_the_last_are_tokens_and_no_rows(
