@@ -232,6 +232,22 @@ def test_options_of_the_run_are_in_its_report(tmp_path: Path) -> None:
     assert all(sample["prompt"].startswith("Say p") for sample in found["samples"])
 
 
+def test_a_recipe_has_no_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "batchmill", "run", str(ROOT / "examples/recipes/sums.yaml")]
+    done = subprocess.run(
+        [*command, "--report", "report.html"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "a recipe has none" in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_price_is_of_what_was_asked_for() -> None:
     price = Price.of("0.5,1.5")
     assert price is not None
