@@ -24,6 +24,7 @@ from queue_api.connection.settings import QueueSettings
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.reader import BATCH_LINES
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.summary import Progress, RunSummary
@@ -74,6 +75,7 @@ class OfflineRun:
     """Which rows are asked for; None: all."""
     retry_errors: bool = False
     redo_changed: bool = False
+    redo_all: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
     cache: str | None = None
@@ -91,8 +93,17 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
     check(job)
     async with _files(job, console) as dataset:
         if dataset.data.how_read:
-            console.print(dataset.data.how_read, markup=False, highlight=False, soft_wrap=True)
+            told = dataset.data.how_read + _hint(job, dataset.data.how_read)
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
         return await answer(job, dataset, console)
+
+
+def _hint(job: OfflineRun, how_read: str) -> str:
+    """Which output goes with an input that has one of its own; it isn't chosen unasked, since what
+    a command writes is to depend on the command alone."""
+    if job.outputs.format is not None or not how_read.startswith(BATCH_LINES):
+        return ""
+    return "; --output-format openai writes OpenAI's output and error files"
 
 
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
@@ -109,6 +120,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         selection=job.selection,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
+        redo_all=job.redo_all,
         ordered=job.ordered,
         outputs=job.outputs,
         warn=lambda line: _show(console, f"WARNING {line}"),
