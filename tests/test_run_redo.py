@@ -75,3 +75,31 @@ def test_all_is_refused_where_something_would_be_taken_over(again: Run, tmp_path
     assert ended.returncode == 2
     assert "--cache" in ended.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_recipe_has_the_same_but_for_all(again: Run, tmp_path: Path) -> None:
+    write(tmp_path, "a b", "c d")
+    recipe = "in: in.jsonl\nout: of.jsonl\nmodel: echo:tokens=3\nstages:\n- name: one\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "batchmill", "run", "r.yaml", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    assert run().returncode == 0
+    write(tmp_path, "a b", "another")
+    changed = run("--redo", "changed")
+    assert changed.returncode == 0, changed.stderr
+    assert "another" in (tmp_path / "of.jsonl").read_text()
+    ended = run("--redo", "all")
+    assert ended.returncode == 2
+    assert "isn't for recipes" in ended.stderr

@@ -157,7 +157,11 @@ def test_what_cannot_be_made_again_is_refused_by_name(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "options", "needs_input"),
     [
-        ("out.parquet", ("--prompt-column", "question"), False),
+        (
+            "out.parquet",
+            ("--prompt-column", "question", "--errors", "wrong.jsonl", "--errors-only-apart"),
+            False,
+        ),
         ("out.jsonl", ("--template", "{{ question }}", "--output-format", "openai"), True),
         ("out.jsonl", ("--turns-column", "turns", "--system", "Be brief."), False),
     ],

@@ -107,7 +107,7 @@ _SELECTION: dict[str, Any] = {
 def _layout_of(values: dict[str, Any]) -> Layout:
     """:raises ConfigurationError: they don't make sense together, or a file can't be read"""
     values["select"] = None if values["select"] is None else _names(values["select"])
-    values["drop"] = tuple(_names(values["drop"] or ""))  # as a layout without one has it
+    values["drop"] = _names(values["drop"] or "")
     values["rename"] = _pairs([name for given in values["rename"] or () for name in _names(given)])
     values |= {name: _text_of(name, values[name]) for name in ("template", "system")}
     return Layout(**values)

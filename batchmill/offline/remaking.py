@@ -23,6 +23,7 @@ BOUNDS = {"float32": 0.001, "float16": 0.03, "int8": 0.05, "bfloat16": 0.25}
 """By the type that is computed in: tokens whose logits are no further apart may change places by
 rounding. Of the short floats that is twice what neighbouring numbers between 16 and 32 are apart,
 which logits are among; of the others, room for additions in another order."""
+_FLOATS = BOUNDS.keys() - {"int8"}
 _OF_THE_REQUEST = {
     *("invalid_request", "unsupported_request", "prompt_too_long", "max_tokens_too_large"),
     "request_too_large",
@@ -93,8 +94,8 @@ def _bound(
         if made != now:
             tell(f"rows were made at revision {made}, and are made again at {now}")
         kinds |= _kinds(made)
-        if made != now and not (_kinds(made) & BOUNDS.keys()):
-            kinds.add("bfloat16")  # as published: nobody says in what
+        if _kinds(now) & _FLOATS and not _kinds(made) & _FLOATS:
+            kinds.add("bfloat16")  # they are as published: nobody says in what
     kinds |= _kinds(now) | {settings.quantization}
     if not settings.model.startswith(ECHO_PREFIX):
         kinds.add(_dtype(engine))

@@ -87,8 +87,7 @@ def _written(output: Path, said: Mapping[str, Any], wanted: set[int]) -> dict[in
     places = [(said["format"], output)]
     if apart := said["errors_file"]:
         places.append((apart["format"], output.parent / apart["name"]))
-    rows = (each for kind, path in places for each in written_records(kind, path))
-    return {row: record for row, record in rows if row in wanted}
+    return dict(each for kind, path in places for each in written_records(kind, path, wanted))
 
 
 def _of_input(
