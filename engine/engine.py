@@ -32,6 +32,7 @@ from engine.loading import (
 from engine.metrics import EngineMetrics
 from engine.requests.completion import Completion
 from engine.requests.endings import Ending, complete, ending_of, fail
+from engine.requests.guide import Guide
 from engine.requests.samples import SampleGroups
 from engine.requests.scores import score_prompts
 from engine.requests.sequence import Sequence, seed_from_key
@@ -127,6 +128,7 @@ class Engine:
         *,
         generated: Seq[int] = (),
         seed_key: str | None = None,
+        guides: Seq[Guide] = (),
     ) -> None:
         """Queue a request under `key`.
 
@@ -135,6 +137,7 @@ class Engine:
             request that wants logprobs begins anew: those of the tokens aren't known any more;
             so does one of several samples)
         :param seed_key: what the seed follows from if the request names none; `key` by default
+        :param guides: texts to follow, one for each sample; none by default
         :raises RequestError: what is wrong with this request; nothing is queued then
         """
         self._require_open()
@@ -173,6 +176,7 @@ class Engine:
                 num_stages=len(self.stages),
                 change=change,
                 applied_defaults=applied.names,
+                guide=guides[sample] if guides else None,
             )
             self._num_added += 1
             self._queue(sequence)
@@ -361,7 +365,7 @@ class Engine:
                 self._remove(sequence)
         score_prompts(logits[batch.num_due :], done.scored)
         logits = logits[: batch.num_due]
-        tokens = choose_tokens(logits, [s.sampling_row() for s in done.due]) if done.due else []
+        tokens = _next_tokens(logits, done.due)
         chosen = logprobs_of(logits, tokens, [s.sampling.logprobs for s in done.due])
         now = time.perf_counter()
         ended = []
@@ -462,3 +466,15 @@ class Engine:
             raise PromptTooLongError(message)
         hint = "" if may_cut else "; truncate_max_tokens cuts it to what there is room for"
         raise MaxTokensTooLargeError(message + hint)
+
+
+def _next_tokens(logits: torch.Tensor, due: Seq[Sequence]) -> list[int]:
+    """The next token of each sequence by its row of `logits` [B, V]."""
+    if not due:
+        return []
+    rows = [sequence.sampling_row() for sequence in due]
+    tokens = choose_tokens(logits, rows)
+    for place, sequence in enumerate(due):
+        if sequence.guide is not None:
+            tokens[place] = sequence.guide.choose(logits[place], rows[place], tokens[place])
+    return tokens

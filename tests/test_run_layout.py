@@ -141,6 +141,7 @@ def test_openai_batch_lines_are_answered_by_themselves(batchmill: Run, tmp_path:
     assert rows[0]["body"] == chat
     assert "line 2: 'url' is '/v1/embeddings'" in rows[1]["error"]
     assert "OpenAI batch lines" in done.stderr
+    assert "--output-format openai writes OpenAI's output" in done.stderr
     assert done.stderr.count("this run's model answers them") == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.wire.errors import ConfigurationError
 
-__all__ = ["layout_options", "selection_options"]
+__all__ = ["layout_options", "sample_of", "selection_options"]
 
 _LAYOUT: dict[str, Any] = {
     "prompt_column": Annotated[
@@ -157,7 +158,17 @@ layout_options = option_group("layout", _LAYOUT, _layout_of)
 
 def _selection_of(values: dict[str, Any]) -> RowSelection:
     """:raises ConfigurationError: the sample is neither a number nor a percentage"""
-    given = (values["sample"] or "").strip()
+    return replace(
+        sample_of(values["sample"] or ""), limit=values["limit"], shuffle=values["shuffle"]
+    )
+
+
+def sample_of(option: str) -> RowSelection:
+    """A sample as an option says it, `100` or `5%`; all rows if it says nothing.
+
+    :raises ConfigurationError: it is neither a number nor a percentage, or out of range
+    """
+    given = option.strip()
     try:
         percent = float(given[:-1]) if given.endswith("%") else None
         number = int(given) if given and percent is None else None
@@ -165,12 +176,7 @@ def _selection_of(values: dict[str, Any]) -> RowSelection:
         raise ConfigurationError(
             f"--sample {given!r}: give a number of rows or a percentage, such as 100 or 5%"
         ) from None
-    return RowSelection(
-        limit=values["limit"],
-        sample=number,
-        sample_percent=percent,
-        shuffle=values["shuffle"],
-    )
+    return RowSelection(sample=number, sample_percent=percent)
 
 
 selection_options = option_group("selection", _SELECTION, _selection_of)

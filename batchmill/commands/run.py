@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,14 @@ from workers.running.engines import engine_config, require_packages
 from workers.settings import WorkerSettings
 
 __all__ = ["run"]
+
+
+class Redo(StrEnum):
+    """Which rows of an output are made anew."""
+
+    CHANGED = "changed"
+    ERRORS = "errors"
+    ALL = "all"
 
 
 @run_sampling_options
@@ -98,6 +107,16 @@ def run(
             "made.",
         ),
     ] = False,
+    redo: Annotated[
+        list[Redo],
+        typer.Option(
+            "--redo",
+            default_factory=list,
+            show_default=False,
+            help="Make rows of OUTPUT anew: changed, as --redo-changed; errors, as "
+            "--retry-errors; all that are asked for. May be repeated.",
+        ),
+    ],
     max_errors: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +171,16 @@ def run(
     Each row is written once. Broken off, the same command goes on where it stopped. The
     workers serve a queue of the run's own unless --queue names one.
     """
+    redo_changed, retry_errors = (
+        redo_changed or Redo.CHANGED in redo,
+        retry_errors or Redo.ERRORS in redo,
+    )
     if any(map(is_recipe, input)):
+        if Redo.ALL in redo:
+            raise ConfigurationError(
+                "--redo all isn't for recipes: name another output, or remove this one and its "
+                "folder of stages"
+            )
         check_options(context, input, dry_run=dry_run)
         options = RecipeOptions(
             redis_url=given_redis_url(redis_url),
@@ -165,6 +193,8 @@ def run(
         )
         run_recipe_file(input[0], output, options, show=show, fail_on_error=fail_on_error)
         return
+    if Redo.ALL in redo and cache is not None:
+        raise ConfigurationError("--redo all makes each row anew, --cache wouldn't: give one")
     if output is None:
         raise ConfigurationError("say where the answers go: -o FILE")
     if price is not None and report is None:
@@ -193,6 +223,7 @@ def run(
         selection=replace(selection, seed=sampling.seed or 0),
         retry_errors=retry_errors,
         redo_changed=redo_changed,
+        redo_all=Redo.ALL in redo,
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
         cache=cache,

@@ -26,6 +26,7 @@ ALLOWED = frozenset(
         "workers",
         "show",
         "redis_url",
+        "redo",
         "redo_changed",
         "retry_errors",
         "max_errors",

@@ -27,6 +27,7 @@ from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.formats.output_options import OutputOptions
 from queue_api.datasets.formats.row_sink import CERTIFICATE
 from queue_api.datasets.layout.layout import Layout
+from queue_api.datasets.layout.reader import BATCH_LINES
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.datasets.run import DEFAULT_WINDOW, Dataset, open_dataset
 from queue_api.datasets.run_statistics import RunStatistics
@@ -78,6 +79,7 @@ class OfflineRun:
     """Which rows are asked for; None: all."""
     retry_errors: bool = False
     redo_changed: bool = False
+    redo_all: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
     cache: str | None = None
@@ -97,7 +99,8 @@ async def run_offline(job: OfflineRun, console: Console) -> RunSummary:
     check(job)
     async with _files(job, console) as dataset:
         if dataset.data.how_read:
-            console.print(dataset.data.how_read, markup=False, highlight=False, soft_wrap=True)
+            told = dataset.data.how_read + _hint(job, dataset.data.how_read)
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
         if job.report is None:
             return await answer(job, dataset, console)
         with job.report.written_at_end(dataset, _shown(job), _warner(console)) as statistics:
@@ -126,7 +129,10 @@ def _shown(job: OfflineRun) -> dict[str, Any]:
         "workers": job.num_workers or f"those that serve {job.queue}",
         "window": job.window,
         **{name: getattr(job, name) for name in ("chunk_size", "format", "cache")},
-        **{name: getattr(job, name) for name in ("ordered", "retry_errors", "redo_changed")},
+        **{
+            name: getattr(job, name)
+            for name in ("ordered", "retry_errors", "redo_changed", "redo_all")
+        },
         "max_errors": _unlike(job.max_errors or ErrorLimit(), ErrorLimit()),
         "layout": _unlike(job.layout, Layout()),
         "selection": _unlike(job.selection or RowSelection(), RowSelection()),
@@ -146,6 +152,14 @@ def _warner(console: Console) -> Callable[[str], None]:
     return lambda line: _show(console, f"WARNING {line}")
 
 
+def _hint(job: OfflineRun, how_read: str) -> str:
+    """Which output goes with an input that has one of its own; it isn't chosen unasked, since what
+    a command writes is to depend on the command alone."""
+    if job.outputs.format is not None or not how_read.startswith(BATCH_LINES):
+        return ""
+    return "; --output-format openai writes OpenAI's output and error files"
+
+
 def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dataset]:
     """The files, looked at: what is wrong with one is told before anything is started."""
     return open_dataset(
@@ -160,6 +174,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         selection=job.selection,
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
+        redo_all=job.redo_all,
         ordered=job.ordered,
         outputs=job.outputs,
         warn=_warner(console),

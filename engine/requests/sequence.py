@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.batch import CacheCopy
+from engine.requests.guide import Guide
 from engine.requests.stop_strings import StopSearch
 from engine.sampling.logits import LogitsChange, SamplingRow
 from engine.sampling.logprobs import Chosen
@@ -70,6 +71,8 @@ class Sequence:
     """One per new token; None if the request doesn't ask for them."""
     prompt_logprobs: list[Chosen] | None = None
     """Of the prompt's tokens from the second on, as far as they are known; None if not wanted."""
+    guide: Guide | None = None
+    """What it is to follow, where a text that is written already is made again."""
 
     @property
     def capacity(self) -> int:
@@ -135,6 +138,7 @@ class Sequence:
         num_stages: int,
         change: LogitsChange | None = None,
         applied_defaults: tuple[str, ...] = (),
+        guide: Guide | None = None,
     ) -> Sequence:
         token_ids = np.zeros(len(prompt) + sampling.max_tokens, dtype=np.int64)
         num_tokens = len(prompt) + len(generated)
@@ -154,6 +158,7 @@ class Sequence:
             sample=sample,
             change=change,
             applied_defaults=applied_defaults,
+            guide=guide,
             logprobs=None if sampling.logprobs is None else [],
             # all samples have the same prompt
             prompt_logprobs=None if sampling.prompt_logprobs is None or sample else [],

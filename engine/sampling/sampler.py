@@ -17,7 +17,7 @@ from engine.sampling.logits import SamplingRow, change_logits
 from engine.sampling.random_draws import uniform
 from engine.transfer import moved
 
-__all__ = ["NO_TOKEN", "choose_tokens"]
+__all__ = ["NO_TOKEN", "choose_tokens", "margins_of"]
 
 NO_TOKEN = -1
 """In place of a token where a row's logits aren't numbers."""
@@ -46,6 +46,13 @@ def choose_tokens(logits: torch.Tensor, rows: Seq[SamplingRow]) -> list[int]:
 
 def _draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
     """Draw a token of each row of `logits` [B, V]; anything for a row of no numbers."""
+    cumulative, targets = _laid_out(logits, rows)
+    # The first token whose cumulative probability exceeds the target; it has a share of its own.
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+
+
+def _laid_out(logits: torch.Tensor, rows: Seq[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept probabilities of `logits` [B, V] end to end, and where the number falls: [B, 1]."""
     device = logits.device
     params = [row.sampling for row in rows]
     temperature = moved(torch.tensor([p.temperature for p in params]), device)
@@ -60,9 +67,29 @@ def _draw(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
         np.array([row.sample for row in rows], dtype=np.uint64),
         np.array([row.num_generated for row in rows], dtype=np.uint64),
     )
-    targets = moved(torch.from_numpy(numbers), device)[:, None] * cumulative[:, -1:]
-    # The first token whose cumulative probability exceeds the target; it has a share of its own.
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    return cumulative, moved(torch.from_numpy(numbers), device)[:, None] * cumulative[:, -1:]
+
+
+def margins_of(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
+    """By how much the logits of two tokens would have to differ for each to be the one chosen.
+
+    Greedy: how far its logit, changed as the request asks, is below the largest. Drawn: a
+    difference of d moves a border of the probabilities by d / 4T at most, at the temperature T; so
+    it is 4T times how far the number is from the token's share, of all. A token that isn't kept
+    has an infinite margin.
+
+    :param logits: [V], any dtype
+    :returns: [V], float64; 0 for the token that is chosen
+    """
+    scores = change_logits(logits[None], [row]).float()  # [1, V]
+    if row.sampling.temperature <= 0:
+        return (scores.amax() - scores)[0].double()
+    cumulative, targets = _laid_out(scores, [row])
+    ends = cumulative[0]  # [V]
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    away = torch.maximum(starts - targets[0], targets[0] - ends).clamp(min=0.0) / ends[-1]
+    away = away.masked_fill(ends <= starts, float("inf"))
+    return 4.0 * row.sampling.temperature * away
 
 
 def keep_min_p(scores: torch.Tensor, min_p: Seq[float]) -> torch.Tensor:

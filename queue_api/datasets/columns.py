@@ -260,6 +260,8 @@ def output_row(
     fingerprint: str = "",
     number: int | None = None,
     answers: Sequence[str] | None = None,
+    *,
+    seed_key: str | None = None,
 ) -> dict[str, Any]:
     """The row to write: the input's columns as they came, then the result's.
 
@@ -269,6 +271,7 @@ def output_row(
 
     :param number: the row's place in the input, if that isn't the request's in its run
     :param answers: to the turns before this one, if the row is asked in turns
+    :param seed_key: what its draws follow from, if no seed of the request's fixes them
     """
     row = _input_columns(columns, result)
     row["row"] = result.index if number is None else number
@@ -291,6 +294,8 @@ def output_row(
         row["structured_output"] = result.structured_output.value
     if result.applied_defaults is not None:
         row["applied_defaults"] = result.applied_defaults
+    if seed_key is not None:
+        row["seed_key"] = seed_key
     row["finish_reason"] = result.finish_reason.value
     row["usage"] = {
         "prompt_tokens": result.prompt_tokens,

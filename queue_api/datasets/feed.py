@@ -17,6 +17,7 @@ from queue_api.client.reader import Subscription
 from queue_api.connection.tasks import in_thread
 from queue_api.datasets.columns import Row, RowParser, output_row
 from queue_api.datasets.dataset_input import DatasetInput
+from queue_api.datasets.draws import is_drawn, seed_key_of
 from queue_api.datasets.error_limit import ErrorLimit, ErrorWatch
 from queue_api.datasets.formats.maker import Maker
 from queue_api.datasets.formats.record import Record
@@ -367,7 +368,10 @@ class DatasetRun:
             results.append((row, result, self._origin(row, is_cached=cached is not None)))
             if cached is None and isinstance(row.request, GenerationRequest):
                 made_now.append((row.request, result))
-            made = output_row(row.columns, result, row.fingerprint, row.row, row.answers)
+            made = output_row(
+                *(row.columns, result, row.fingerprint, row.row, row.answers),
+                seed_key=_seed_key(row, result),
+            )
             rows.append(MadeRow(row.row, row.fingerprint, made, row.number, row.raw))
         await in_thread(partial(self._append, rows, results))
         if self._cache is not None:
@@ -433,6 +437,12 @@ class DatasetRun:
         await self._chunks.again(
             [(r.index, r.request) for r in rows if isinstance(r.request, GenerationRequest)]
         )
+
+
+def _seed_key(row: Row, result: GenerationResult) -> str | None:
+    if isinstance(row.request, RequestError) or not result.ok:
+        return None
+    return seed_key_of(result) if is_drawn(row.request, result) else None
 
 
 def _count_rows(source: RowSource) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from queue_api.datasets.draws import is_drawn
 from queue_api.datasets.formats.maker import Maker
 from queue_api.wire.errors import DatasetError
 from queue_api.wire.schemas import GenerationRequest, GenerationResult
@@ -57,7 +58,7 @@ class ResponseCache:
 
     def find(self, request: GenerationRequest, maker: Maker) -> GenerationResult | None:
         """What the model made of such a request before, under its own id; None if none is kept."""
-        if not _is_fixed(request):
+        if is_drawn(request):
             return None
         try:
             found = self._base.execute(
@@ -78,7 +79,7 @@ class ResponseCache:
         rows = [
             (self._key(request, maker), zlib.compress(_json(result), 1))
             for request, result in made
-            if result.ok and (maker := Maker.of(result)) and _is_fixed(request, result)
+            if result.ok and (maker := Maker.of(result)) and not is_drawn(request, result)
         ]
         try:
             with self._base:
@@ -96,16 +97,6 @@ class ResponseCache:
             f"the cache in {self._folder} can't be used: {error}; remove it or "
             "choose another folder"
         )
-
-
-def _is_fixed(request: GenerationRequest, result: GenerationResult | None = None) -> bool:
-    """Whether the text is the same whenever it is made."""
-    sampling = request.sampling
-    if sampling.seed is not None:
-        return True
-    # the model's own sampling fields count where the request or the worker says so
-    applied = result.applied_defaults or () if result is not None else ()
-    return not sampling.temperature and "temperature" not in applied
 
 
 def _json(result: GenerationResult) -> bytes:

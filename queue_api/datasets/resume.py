@@ -21,7 +21,10 @@ __all__ = [
     "other_row",
 ]
 
-WAYS_OUT = "--redo-changed takes such rows out and makes them anew, or choose another output file"
+WAYS_OUT = (
+    "--redo changed (--redo-changed) takes such rows out and makes them anew, or choose another "
+    "output file"
+)
 
 
 def changed_rows(

@@ -91,6 +91,7 @@ class Dataset:
     redo_changed: bool
     ordered: bool = False
     retry_errors: bool = False
+    redo_all: bool = False
     turn: TurnPass | None = None
     """Which turn of its rows is asked; None: all of them, one after the other."""
     keeps_empty: bool = False
@@ -209,7 +210,13 @@ class Dataset:
             options = (self.defaults or SamplingParams()).model_dump(
                 mode="json", exclude_unset=True
             )
-            said = {"run": self.run_id, "input": self.data.source.name, "sampling": options}
+            said = {
+                "run": self.run_id,
+                "input": self.data.source.name,
+                "sampling": options,
+                "fields": None if self.fields is None else sorted(self.fields),
+                "layout": self.layout.as_options(),
+            }
             try:
                 write_certificate(sink, work.total, work.made_by, said)
             except DatasetError as error:
@@ -288,6 +295,7 @@ async def open_dataset(
     selection: RowSelection | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
+    redo_all: bool = False,
     ordered: bool = False,
     outputs: OutputOptions | None = None,
     warn: Callable[[str], None] | None = None,
@@ -312,6 +320,7 @@ async def open_dataset(
         layout=layout,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
+        redo_all=redo_all,
         ordered=ordered,
         outputs=outputs,
         warn=warn,
@@ -332,6 +341,7 @@ async def open_dataset_of(
     layout: Layout | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
+    redo_all: bool = False,
     ordered: bool = False,
     is_part: bool = False,
     outputs: OutputOptions | None = None,
@@ -365,6 +375,7 @@ async def open_dataset_of(
             redo_changed,
             ordered,
             retry_errors,
+            redo_all,
             is_part=is_part,
         )
         try:
@@ -420,6 +431,7 @@ async def run_dataset(
     selection: RowSelection | None = None,
     retry_errors: bool = False,
     redo_changed: bool = False,
+    redo_all: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
     ordered: bool = False,
     cache: Path | str | None = None,
@@ -447,6 +459,7 @@ async def run_dataset(
     :param selection: which rows are asked for; an output may get those of several
     :param retry_errors: ask again for the rows of the output that have an error
     :param redo_changed: make the rows of the output anew that were made of something else
+    :param redo_all: make all rows of the output anew that are asked for
     :param max_errors: stop when more rows than that have errors, `20`, or a greater share of the
         last thousand, `"5%"`
     :param ordered: write rows in the order of the input; those that are answered before their turn
@@ -471,6 +484,7 @@ async def run_dataset(
         selection=selection,
         retry_errors=retry_errors,
         redo_changed=redo_changed,
+        redo_all=redo_all,
         ordered=ordered,
         outputs=outputs,
         warn=warn,
@@ -574,8 +588,8 @@ async def _drop_stale(earlier: Dataset, *, retry_errors: bool) -> None:
     """Take out of an earlier turn's answers what something else made."""
     sink, records = earlier.sink, earlier.data.source.records()
     stale = await asyncio.to_thread(changed_rows, records, earlier.parser(), sink, redo=True)
-    if retry_errors:
-        for row in filter(sink.has_error, range(sink.end)):
+    for row in range(sink.end):
+        if earlier.redo_all or (retry_errors and sink.has_error(row)):
             stale.add(row)
     if len(stale):
         await asyncio.to_thread(sink.drop, stale.__contains__)
@@ -613,9 +627,10 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
     if not sink.rows:
         return
     unwanted = Bitmap()
+    redoes = dataset.redo_changed or dataset.redo_all
     if source.is_repeatable:
         unwanted = await asyncio.to_thread(
-            changed_rows, source.records(), dataset.parser(), sink, redo=dataset.redo_changed
+            changed_rows, source.records(), dataset.parser(), sink, redo=redoes
         )
     elif dataset.redo_changed:
         raise DatasetError(
@@ -624,10 +639,10 @@ async def _prepare(dataset: Dataset, *, retry_errors: bool) -> None:
         )
     if not dataset.is_part:
         check_chosen(unwanted, sink, is_chosen)
-    if retry_errors:
-        for row in range(sink.end):
-            if sink.has_error(row) and is_chosen(row):
-                unwanted.add(row)
+    for row in range(sink.end):
+        is_wrong = retry_errors and sink.has_error(row)
+        if (is_wrong or dataset.redo_all) and row in sink and is_chosen(row):
+            unwanted.add(row)
     if len(unwanted):
         await asyncio.to_thread(sink.drop, unwanted.__contains__)
     chosen = (row for row in range(sink.end) if row not in sink and is_chosen(row))

@@ -238,6 +238,14 @@ FILES: tuple[InputFile, ...] = (
         refused=True,
     ),
     InputFile(
+        "splits.json",
+        "one object with several lists of rows",
+        content("splits.json", json.dumps({"train": AB, "test": AB}).encode()),
+        (),
+        "several lists of objects, 'train', 'test'",
+        refused=True,
+    ),
+    InputFile(
         "alpaca_data.json",
         "Alpaca: `instruction`, `input`, `output`",
         array("alpaca_data.json", TASKS, 1),

@@ -284,7 +284,7 @@ def _own_types(pa: Any) -> dict[str, Any]:
     times += ["time_to_first_token_s", "inter_token_s"]
     texts = ("text", "finish_reason", "model", "model_revision", "worker", "error", "error_code")
     return {
-        **dict.fromkeys((*texts, "fingerprint", "structured_output"), text),
+        **dict.fromkeys((*texts, "fingerprint", "structured_output", "seed_key"), text),
         **dict.fromkeys(("row", "attempt"), integer),
         **dict.fromkeys(("logprobs", "prompt_logprobs"), logprobs),
         "token_ids": pa.list_(integer),

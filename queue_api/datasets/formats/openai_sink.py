@@ -28,6 +28,7 @@ _OWN_COLUMNS = (
     "error_code",
     "structured_output",
     "applied_defaults",
+    "seed_key",
 )
 CHAT_URL = "/v1/chat/completions"
 
@@ -64,7 +65,7 @@ class BatchLinesSink(JsonLinesSink):
         own = found and found.get(OWN)
         if found is None or not isinstance(own, dict) or "custom_id" not in found:
             return None
-        known = written_row({**own, "id": found["custom_id"], "text": _text_of(found)})
+        known = written_row({**own, "id": found["custom_id"], **_texts_of(found)})
         return known and replace(known, has_input=False)
 
 
@@ -145,11 +146,22 @@ def _text_logprobs(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _text_of(line: Mapping[str, Any]) -> str:
-    """The first sample of a line's response."""
+def _texts_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of the samples in a line's response."""
     response = line.get("response")
     try:
-        choice = response["body"]["choices"][0] if response else {}
-        return str(choice["message"]["content"] if "message" in choice else choice.get("text", ""))
+        choices = response["body"]["choices"] if response else []
+        samples = [
+            {
+                "index": choice["index"],
+                "text": str(
+                    choice["message"]["content"] if "message" in choice else choice.get("text", "")
+                ),
+                "finish_reason": choice["finish_reason"],
+            }
+            for choice in choices
+        ]
     except (KeyError, IndexError, TypeError):
-        return ""
+        return {"text": ""}
+    text = {"text": samples[0]["text"] if samples else ""}
+    return {**text, "outputs": samples} if len(samples) > 1 else text

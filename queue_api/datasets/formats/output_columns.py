@@ -14,6 +14,7 @@ OUTPUT_COLUMNS = (
     "outputs",
     "structured_output",
     "applied_defaults",
+    "seed_key",
     "finish_reason",
     "usage",
     "timings",
@@ -35,6 +36,7 @@ _ONLY_IF_ASKED = frozenset(
         "outputs",
         "structured_output",
         "applied_defaults",
+        "seed_key",
     }
 )
 ALWAYS_THERE = tuple(name for name in OUTPUT_COLUMNS if name not in _ONLY_IF_ASKED)

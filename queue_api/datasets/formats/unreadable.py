@@ -92,7 +92,14 @@ def _list_in(path: Path | str, row: Row) -> str:
         and all(isinstance(part, dict) for part in value)
         and not is_chat(value)
     ]
-    return _take_list(path, names[0]) if len(names) == 1 else ""
+    if len(names) > 1:
+        shown = ", ".join(map(repr, names[:MOST_COLUMNS_SHOWN]))
+        return (
+            f"{path} is one object with several lists of objects, {shown}: write the one whose "
+            f"objects are the rows as a list of its own, such as jq '.[{json.dumps(names[0])}]' "
+            f"{path}"
+        )
+    return _take_list(path, names[0]) if names else ""
 
 
 def list_in_object(path: Path | str, start: bytes) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from queue_api.wire.errors import ConfigurationError
 
@@ -102,6 +103,11 @@ class Layout:
         columns = dict.fromkeys((*(self.select or ()), *self.rename, *self.drop), "the output")
         columns.pop("id", None)
         return columns | {column: use for use, column in named.items() if column is not None}
+
+    def as_options(self) -> dict[str, Any]:
+        """What it says, as JSON can; nothing of what isn't said. `Layout(**…)` makes it again."""
+        default = asdict(Layout())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
 
     def identity(self) -> list[str]:
         """What tells it from other layouts; nothing for the default one."""

@@ -22,7 +22,10 @@ from queue_api.wire.errors import InvalidRequestError, RequestError
 if TYPE_CHECKING:
     from queue_api.datasets.layout.template import RowTemplate
 
-__all__ = ["LayoutReader", "Reading"]
+__all__ = ["BATCH_LINES", "LayoutReader", "Reading"]
+
+BATCH_LINES = "OpenAI batch lines"
+"""How a row of that format is said to be read."""
 
 TEXTS = frozenset({"id", "prompt"})
 """Fields of which an empty text is a value, if a wrong one; elsewhere it is none at all."""
@@ -120,7 +123,7 @@ class LayoutReader:
                 f"prompt from the template, of the columns {quoted(sorted(self._template.names))}"
             )
         if "body" in found.read and is_batch_line(found.read):
-            return f"OpenAI batch lines, the first for {found.read['url']}"
+            return f"{BATCH_LINES}, the first for {found.read['url']}"
         name = "messages" if found.read.get("messages") is not None else "prompt"
         return f"{name} from column {name!r}"
 
