@@ -39,6 +39,10 @@ __all__ = ["OfflineRun", "ServerEndedError", "answer", "check", "run_offline"]
 LOOK_EVERY_S = 0.1
 
 
+LANES_OF_OTHERS = 8
+"""Of workers whose number isn't known: more lanes than workers cost little."""
+
+
 class ServerEndedError(RunIncompleteError):
     """The private Redis of a run ended before the run did."""
 
@@ -76,6 +80,7 @@ class OfflineRun:
     redo_changed: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
+    group_prefixes: bool = False
     cache: str | None = None
     """A folder of results of earlier runs."""
     cache_scope: str = ""
@@ -110,6 +115,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         retry_errors=job.retry_errors,
         redo_changed=job.redo_changed,
         ordered=job.ordered,
+        group_prefixes=(job.num_workers or LANES_OF_OTHERS) if job.group_prefixes else 0,
         outputs=job.outputs,
         warn=lambda line: _show(console, f"WARNING {line}"),
     )

@@ -75,6 +75,7 @@ class DatasetRun:
         ordered: bool,
         cache: ResponseCache | None,
         makers: Collection[Maker],
+        num_lanes: int,
         listener: Callable[[Progress], None] | None,
         summary: RunSummary | None = None,
     ) -> None:
@@ -107,6 +108,7 @@ class DatasetRun:
             fingerprint=opened.fingerprint,
             done=Bitmap(),  # which rows are done is decided here, with the output file
             job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
+            num_lanes=num_lanes,
         )
         self._pending: dict[int, Row] = {}
         """Rows read and not yet written."""
