@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class Outcome:
     computed: int
     """Prompt tokens, of all workers."""
     seconds: float
+    cpu_s: float
+    """Of all processes."""
     texts: dict[str, str]
 
 
@@ -82,7 +85,7 @@ def trie_size(prompts: Iterable[Sequence[int]]) -> int:
 def run(source: Path, output: Path, options: Sequence[str], num_workers: int) -> Outcome:
     """:raises SystemExit: it failed, or the workers didn't say what they computed"""
     command = module("batchmill", "run", source, "-o", output, "--workers", str(num_workers))
-    began = time.perf_counter()
+    began, cpu_before_s = time.perf_counter(), _cpu_of_children_s()
     done = subprocess.run(
         [*command, *options],
         env=environment(BATCHMILL_LOG_LEVEL="info"),
@@ -98,8 +101,14 @@ def run(source: Path, output: Path, options: Sequence[str], num_workers: int) ->
     return Outcome(
         sum(prompt - copied for prompt, copied in work),
         took_s,
+        _cpu_of_children_s() - cpu_before_s,
         {row["id"]: row["text"] for row in rows},
     )
+
+
+def _cpu_of_children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -146,15 +155,19 @@ def show(runs: dict[str, list[Outcome]], trie: int) -> None:
         for outcome in outcomes:
             print(
                 f"{name}: {outcome.computed:,} prompt tokens computed, "
-                f"{outcome.computed / trie:.3f} x the trie's; {outcome.seconds:.1f} s"
+                f"{outcome.computed / trie:.3f} x the trie's; {outcome.seconds:.1f} s, "
+                f"{outcome.cpu_s:.1f} s of CPU"
             )
     plain, grouped = runs.values()
     if plain and grouped:
-        ratios = [b.seconds / a.seconds for a, b in zip(plain, grouped, strict=True)]
-        print(
-            f"time of the grouped over the plain order: {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) in {len(ratios)} pairs"
-        )
+        for what in ("seconds", "cpu_s"):
+            pairs = zip(plain, grouped, strict=True)
+            ratios = [getattr(b, what) / getattr(a, what) for a, b in pairs]
+            print(
+                f"{what} of the grouped over those of the plain order: "
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) in "
+                f"{len(ratios)} pairs"
+            )
         same = all(outcome.texts == plain[0].texts for outcome in [*plain, *grouped])
         print("same texts" if same else "TEXTS DIFFER")
 

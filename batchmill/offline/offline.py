@@ -37,8 +37,6 @@ from workers.running.engines import require_packages
 __all__ = ["OfflineRun", "ServerEndedError", "answer", "check", "run_offline"]
 
 LOOK_EVERY_S = 0.1
-
-
 LANES_OF_OTHERS = 8
 """Of workers whose number isn't known: more lanes than workers cost little."""
 

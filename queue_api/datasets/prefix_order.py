@@ -14,6 +14,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from queue_api.datasets.columns import RowParser
@@ -33,6 +34,8 @@ SORT_KIB = 16 * 1024
 SEQUENCES = 64
 """That a worker makes at a time, unless it was told otherwise."""
 SLACK = 1.5
+MOST_COMPUTED_AGAIN = 0.02
+"""Of what there is to compute of a lane's prompts, for the sake of the order at its end."""
 DEFAULT_TOKENS = SamplingParams().max_tokens
 MOST_TOKENS = 2**32
 """Who asks for more is refused."""
@@ -41,13 +44,13 @@ MOST_TOKENS = 2**32
 def prefix_order(
     source: RowSource, parser: RowParser, *, num_lanes: int, chunk_size: int
 ) -> Sequence[int]:
-    """The numbers of a source's rows; reads all of it. Memory for some 20 bytes a row, and room in
+    """The numbers of a source's rows; reads all of it. Memory for some 30 bytes a row, and room in
     temporary files for each prompt's first 4 KiB, twice.
 
     :param parser: one of its own, which warns of nothing
     :raises DatasetError: the source can't be read, or there is no room to sort its rows
     """
-    numbers, sizes = array("Q"), array("B")
+    rows, last = _Rows(), b""
     try:
         with closing(sqlite3.connect("", isolation_level=None)) as base:
             base.execute(f"PRAGMA cache_size = -{SORT_KIB}")
@@ -55,20 +58,91 @@ def prefix_order(
             base.execute("CREATE TABLE rows (start BLOB, size INTEGER, number INTEGER)")
             base.execute("BEGIN")
             base.executemany("INSERT INTO rows VALUES (?, ?, ?)", _outlines(source, parser))
-            found = base.execute("SELECT number, size FROM rows ORDER BY start, size DESC, number")
-            for number, size in found:
-                numbers.append(number)
-                sizes.append(size)
+            found = base.execute("SELECT * FROM rows ORDER BY start, size DESC, number")
+            for start, size, number in found:
+                rows.add(number, size, len(start), _num_common(last, start))
+                last = start
     except sqlite3.Error as error:
         raise DatasetError(
             f"the rows of {source.name} can't be sorted in a temporary file: {error}"
         ) from None
     lanes: list[array[int]] = []
-    for start, end in _lane_bounds(len(numbers), num_lanes, chunk_size):
-        step = -1 if len(lanes) % 2 else 1  # two end where they meet, and help each other out there
-        lane, its_sizes = numbers[start:end][::step], sizes[start:end][::step]
-        lanes.append(_long_ones_first_at_the_end(lane, its_sizes))
+    for begin, end in _lane_bounds(len(rows.numbers), num_lanes, chunk_size):
+        lane = rows.part(begin, end)
+        if len(lanes) % 2:
+            lane.reverse()  # two end where they meet, and help each other out there
+        lanes.append(lane.in_order())
     return _interleaved(lanes, chunk_size)
+
+
+@dataclass
+class _Rows:
+    """Rows in the order of a trie's leaves."""
+
+    numbers: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("B"))
+    """Binary order of magnitude of the tokens that each may get."""
+    lengths: array[int] = field(default_factory=lambda: array("I"))
+    """Of what was compared of each prompt."""
+    shared: array[int] = field(default_factory=lambda: array("I"))
+    """How much of that is as in the row before."""
+
+    def add(self, number: int, size: int, length: int, shared: int) -> None:
+        self.numbers.append(number)
+        self.sizes.append(size)
+        self.lengths.append(length)
+        self.shared.append(shared)
+
+    def part(self, begin: int, end: int) -> _Rows:
+        """Those from one place to another."""
+        arrays = self.numbers, self.sizes, self.lengths, self.shared
+        found = _Rows(*(values[begin:end] for values in arrays))
+        if found.shared:
+            found.shared[0] = 0
+        return found
+
+    def reverse(self) -> None:
+        """Turn the order round."""
+        self.shared = self.shared[1:] + self.shared[:1]
+        for values in (self.numbers, self.sizes, self.lengths, self.shared):
+            values.reverse()
+
+    def in_order(self) -> array[int]:
+        """The numbers; at the end so many of the last rows by their size that a longest one ends
+        before they do, or fewer if too much would have to be computed again."""
+        enough = SLACK * SEQUENCES * 2 ** max(self.sizes, default=0)
+        most = MOST_COMPUTED_AGAIN * self._computed(0, by_size=False)
+        while True:
+            begin = self._last_rows(enough)
+            again = self._computed(begin, by_size=True) - self._computed(begin, by_size=False)
+            if again <= most:
+                break
+            enough /= 2
+        ordered = self.numbers[:begin]
+        for size in sorted(set(self.sizes[begin:]), reverse=True):
+            places = range(begin, len(self.numbers))
+            ordered.extend(self.numbers[i] for i in places if self.sizes[i] == size)
+        return ordered
+
+    def _last_rows(self, enough: float) -> int:
+        """Where those begin that may get so many tokens."""
+        begin = len(self.numbers)
+        while begin and enough >= 1:
+            begin -= 1
+            enough -= 2 ** self.sizes[begin]
+        return begin
+
+    def _computed(self, begin: int, *, by_size: bool) -> int:
+        """What there is to compute of the prompts from there on, in order or the largest first."""
+        shared: dict[int, int] = {}
+        """By size, with the last row of that."""
+        computed = 0
+        for i in range(begin, len(self.numbers)):
+            size = self.sizes[i] if by_size else 0
+            shared = {other: min(end, self.shared[i]) for other, end in shared.items()}
+            computed += self.lengths[i] - shared.get(size, 0)
+            shared[size] = self.lengths[i]
+        return computed
 
 
 def _outlines(source: RowSource, parser: RowParser) -> Iterator[tuple[bytes, int, int]]:
@@ -108,6 +182,13 @@ def _start_of(text: str) -> bytes:
     return b"".join(marks)
 
 
+def _num_common(first: bytes, second: bytes) -> int:
+    """Bytes, from the start on."""
+    length = min(len(first), len(second))
+    differing = int.from_bytes(first[:length], "big") ^ int.from_bytes(second[:length], "big")
+    return length - (differing.bit_length() + 7) // 8
+
+
 def _most_tokens(fields: Mapping[str, Any]) -> int:
     nested = fields.get("sampling")
     given = own_names(nested if isinstance(nested, Mapping) else fields).get("max_tokens")
@@ -125,19 +206,6 @@ def _lane_bounds(num_rows: int, num_lanes: int, chunk_size: int) -> Iterator[tup
             end -= num_chunks * chunk_size - num_rows
         yield start, end
         start = end
-
-
-def _long_ones_first_at_the_end(numbers: array[int], sizes: array[int]) -> array[int]:
-    """So many of the last rows by their size that a longest one ends before they do."""
-    enough = SLACK * SEQUENCES * 2 ** max(sizes, default=0)
-    begin = len(numbers)
-    while begin and enough > 0:
-        begin -= 1
-        enough -= 2 ** sizes[begin]
-    ordered = numbers[:begin]
-    for size in sorted(set(sizes[begin:]), reverse=True):
-        ordered.extend(numbers[i] for i in range(begin, len(numbers)) if sizes[i] == size)
-    return ordered
 
 
 def _interleaved(lanes: Sequence[array[int]], chunk_size: int) -> array[int]:
