@@ -26,8 +26,8 @@ class EngineMetrics:
     def __str__(self) -> str:
         return (
             f"{self.prompt_tokens} prompt tokens, {self.prefix_hit_rate:.1%} of them from the "
-            f"prefix cache; {self.computed_tokens} tokens computed, {self.moved_tokens} moved; "
-            f"{self.preemptions} preemptions"
+            f"prefix cache ({self.cached_prompt_tokens}); {self.computed_tokens} tokens computed, "
+            f"{self.moved_tokens} moved; {self.preemptions} preemptions"
         )
 
     @property

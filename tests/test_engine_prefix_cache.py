@@ -200,6 +200,26 @@ def test_an_ended_text_s_beginning_is_still_there() -> None:
     assert engine.metrics.prefix_hit_rate == 45 / (60 + 50)
 
 
+def test_of_several_beginnings_the_longest_is_copied() -> None:
+    model = tiny_model("llama")
+    engine = model.engine(max_num_seqs=1, kv_cache_tokens=600)
+    ways = [LONG[:40] + tokens(9) for _ in range(3)]
+    texts(engine, ways)
+    for way in ways:
+        batches = watch(engine)
+        prompt = way[:46] + tokens(5)
+        assert texts(engine, [prompt]) == [model.greedy(prompt, NEW)]
+        assert batches[0].num_tokens == 5
+
+
+def test_who_goes_on_alike_within_a_block_waits_for_it() -> None:
+    model = tiny_model("llama")
+    engine = model.engine(max_num_seqs=4)
+    prompts = [LONG[:44] + tokens(own) for own in (3, 3, 9)]
+    assert texts(engine, prompts) == [model.greedy(prompt, NEW) for prompt in prompts]
+    assert engine.metrics.cached_prompt_tokens == 2 * 44
+
+
 def test_new_tokens_are_shared_as_well() -> None:
     model = tiny_model("llama")
     engine = model.engine(max_num_seqs=1, kv_cache_tokens=300)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -190,6 +190,59 @@ def test_a_claim_takes_no_more_requests_than_wanted(connection, server):
     worker = stock_worker(connection)
     claimed = leased(server.url, worker, lambda leases, _: leases.claim(8))
     assert [lease.job_id for lease in claimed.leases] == ["job0", "job1"]
+
+
+async def claimed(leases: Leases, wants: Sequence[tuple[int, int]]) -> list[list[str]]:
+    """The jobs of claims that want so many requests, and call so many modest."""
+    made = [await leases.claim(want, held=1, modest=modest) for want, modest in wants]
+    return [[lease.job_id for lease in claim.leases] for claim in made]
+
+
+def test_a_worker_keeps_to_its_lane_and_takes_another_s_only_for_want_of_work(connection, server):
+    for number in range(8):
+        job = enqueue(connection, job_id=f"job{number}")
+        connection.hset(job.key, "lane", f"run/{number % 2}")
+    worker = stock_worker(connection)
+    take = lambda leases, _: claimed(leases, [(2, 1), (1, 1)])  # noqa: E731
+    assert leased(server.url, worker, take) == [["job0", "job2"], ["job4"]]
+    take = lambda leases, _: claimed(leases, [(3, 1), (2, 2), (1, 2), (1, 0), (9, 1)])  # noqa: E731
+    assert leased(server.url, worker, take) == [
+        ["job1", "job3", "job5"],
+        ["job7"],
+        [],  # what is left is the other's
+        ["job6"],
+        [],
+    ]
+    assert connection.llen(f"rq:queue:{QUEUE}") == 0
+
+
+def test_another_run_has_lanes_of_its_own(connection, server):
+    lanes = ["old/0", "new/0", "new/1", "new/0", "new/1", "new/0"]
+    for number, lane in enumerate(lanes):
+        connection.hset(enqueue(connection, job_id=f"job{number}").key, "lane", lane)
+
+    take = lambda leases, _: claimed(leases, [(1, 0), (1, 1), (1, 0), (2, 2)])  # noqa: E731
+    assert leased(server.url, stock_worker(connection), take) == [
+        ["job0"],
+        [],
+        ["job1"],
+        ["job3", "job5"],
+    ]
+
+
+def test_a_job_without_a_lane_comes_in_its_turn(connection, server):
+    for number, lane in enumerate(["run/0", "run/1", None, "run/0"]):
+        job = enqueue(connection, job_id=f"job{number}")
+        if lane is not None:
+            connection.hset(job.key, "lane", lane)
+    connection.sadd("rq:job:job1x", "somebody's")
+    connection.rpush(f"rq:queue:{QUEUE}", "job1x")
+
+    async def claims(leases) -> list[str]:
+        return [lease.job_id for _ in range(4) for lease in (await leases.claim(1)).leases]
+
+    taken = leased(server.url, stock_worker(connection), lambda leases, _: claims(leases))
+    assert taken == ["job0", "job3", "job1", "job2"]
 
 
 def test_a_claim_whose_answer_was_lost_is_given_back(connection, server):

@@ -113,13 +113,14 @@ def test_data_go_through_pipes(batchmill):
     assert json.loads(out)["text"] == "a b c"
 
 
+@pytest.mark.parametrize("options", [(), ("--group-prefixes",)], ids=str)
 def test_killing_one_of_two_workers_loses_and_doubles_nothing(
-    batchmill, connection, server, tmp_path
+    batchmill, connection, server, tmp_path, options
 ):
     write_rows(tmp_path / "in.jsonl", 2000)
     command = batchmill(
         "run", "in.jsonl", "-o", "out.jsonl", "--workers", "2", "--model", SLOW_ECHO,
-        "--redis-url", server.url,
+        "--redis-url", server.url, *options,
         BATCHMILL_LEASE_S="2",
     )  # fmt: skip
     until(lambda: some_lines(tmp_path / "out.jsonl"))
@@ -252,6 +253,25 @@ def test_wrong_password_is_told_and_not_shown(batchmill, connection, server, tmp
     assert code == 2
     assert "password" in err
     assert "wr0ngsecret" not in err
+
+
+def test_grouped_prompts_say_what_they_say_in_the_file_s_order(batchmill, tmp_path):
+    shots = [f"Q: What is {n} + 1?\nA: {n + 1}\n\n" * 12 for n in (3, 5, 7)]
+    rows = [
+        {"prompt": f"{shots[i % 3]}Q: What is {i} + 1?\nA:", "max_tokens": 4 + i % 7}
+        | ({"temperature": 0.9, "seed": i} if i % 2 else {})
+        for i in range(120)
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = []
+    for name, options in (("plain", ()), ("grouped", ("--group-prefixes", "--chunk-size", 8))):
+        command = batchmill("run", "in.jsonl", "-o", name, "--workers", "2", *options)
+        code, _, err = command.end()
+        assert code == 0, err
+        written = sorted(read_rows(tmp_path / name), key=lambda row: row["row"])
+        texts.append([(row["row"], row["text"], row["finish_reason"]) for row in written])
+    assert [row for row, _, _ in texts[0]] == list(range(120))
+    assert texts[1] == texts[0]
 
 
 def test_demo_model_is_named_as_such(batchmill, tmp_path):

@@ -15,7 +15,7 @@ from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import as_text, now, parse_composite_key, utcformat, utcparse
 
 from queue_api.connection.failures import raise_unless_key
-from queue_api.store.jobs import BATCH_SIZE_FIELD
+from queue_api.store.jobs import BATCH_SIZE_FIELD, LANE_FIELD
 from queue_api.store.keys import (
     RQ_KEY_PREFIX,
     RunKeys,
@@ -33,6 +33,8 @@ __all__ = ["Beat", "Claim", "Lease", "Leases"]
 
 MOST_JOBS_PER_CLAIM = 128
 MOST_LOOKS_PER_CLAIM = 1000
+MOST_LANES = 4
+"""That a worker remembers, of one run."""
 RENEW_AT_ONCE = 500
 # these bound the time that one script holds the server up
 MOST_IN_A_STRETCH = 32
@@ -142,11 +144,15 @@ class Leases:
         self._worker_ttl_s = worker_ttl_s
         self._result_ttl_s = result_ttl_s
         self._num_claims = 0
+        self._lanes: list[bytes] = []
+        """Of jobs that were taken, the first in front."""
 
-    async def claim(self, want: int, held: int = 0) -> Claim:
+    async def claim(self, want: int, held: int = 0, modest: int = 0) -> Claim:
         """Take jobs until they hold `want` requests or there are no more.
 
         :param held: jobs that the worker has; a job that has to run alone waits for none
+        :param modest: while it wants no more requests than that, it leaves other workers' lanes
+            to them
         """
         execution_ids = uuid4().hex[:24]
         lists = [
@@ -156,17 +162,27 @@ class Leases:
         queues = [name for name, _ in lists]
         keys = [self._worker_key, self._executions_key, WORKERS_SUSPENDED, *list_keys]
         args: list[str | int] = [utcformat(now()), self._lease_s, self._worker_name, want]
-        limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held, MOST_LOOKS_PER_CLAIM]
+        limits = [MOST_JOBS_PER_CLAIM, self._alone_after, held, MOST_LOOKS_PER_CLAIM, modest]
         reply = await self._scripts.call(
-            ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, *limits])
+            ("claim", keys, [*args, RQ_KEY_PREFIX, execution_ids, *limits, *self._lanes])
         )
         claimed_at = time.time()
+        leases = [self._lease(entry, queues, claimed_at) for entry in reply[1:]]
+        for lease in leases:
+            self._note_lane(lease.fields.get(LANE_FIELD))
         return Claim(
-            leases=[self._lease(entry, queues, claimed_at) for entry in reply[1:]],
+            leases=leases,
             is_suspended=reply[0] == b"suspended",
             waits_for_idle=reply[0] == b"alone",
             may_be_more=reply[0] == b"more",
         )
+
+    def _note_lane(self, lane: bytes | None) -> None:
+        if lane is None or lane in self._lanes:
+            return
+        run = lane.rpartition(b"/")[0]
+        known = [other for other in self._lanes if other.rpartition(b"/")[0] == run]
+        self._lanes = [*known[: MOST_LANES - 1], lane]
 
     def _in_order(self) -> list[str]:
         """The queues, best first; now and then another first, so that none starves."""

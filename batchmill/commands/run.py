@@ -132,6 +132,14 @@ def run(
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write the rows in the order of the input.")
     ] = False,
+    group_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--group-prefixes",
+            help="Ask for rows together, and of one worker, whose prompts begin alike; INPUT is "
+            "read once more for that.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -226,6 +234,7 @@ def run(
         redo_all=Redo.ALL in redo,
         max_errors=ErrorLimit.of(max_errors),
         ordered=ordered,
+        group_prefixes=group_prefixes,
         cache=cache,
         cache_scope=cache_scope(settings) if workers else "other workers",
         outputs=outputs,

@@ -42,6 +42,8 @@ from workers.running.engines import require_packages
 __all__ = ["OfflineRun", "ServerEndedError", "answer", "check", "run_offline"]
 
 LOOK_EVERY_S = 0.1
+LANES_OF_OTHERS = 8
+"""Of workers whose number isn't known: more lanes than workers cost little."""
 
 
 class ServerEndedError(RunIncompleteError):
@@ -82,6 +84,7 @@ class OfflineRun:
     redo_all: bool = False
     max_errors: ErrorLimit | None = None
     ordered: bool = False
+    group_prefixes: bool = False
     cache: str | None = None
     """A folder of results of earlier runs."""
     cache_scope: str = ""
@@ -176,6 +179,7 @@ def _files(job: OfflineRun, console: Console) -> AbstractAsyncContextManager[Dat
         redo_changed=job.redo_changed,
         redo_all=job.redo_all,
         ordered=job.ordered,
+        group_prefixes=(job.num_workers or LANES_OF_OTHERS) if job.group_prefixes else 0,
         outputs=job.outputs,
         warn=_warner(console),
     )

@@ -2,7 +2,9 @@
 
 The mechanism is vLLM's automatic prefix caching (https://docs.vllm.ai/en/latest/design/prefix_caching):
 tokens in blocks of `BLOCK`, each block known by a hash chained over all tokens before it. Here a
-sequence has one contiguous range of slots, so a block isn't shared but copied: bytes, no FLOPs.
+sequence has one contiguous range of slots, so a block isn't shared but copied: bytes, no FLOPs. So
+sharing needn't end with a block: of those who hold the last one, the copy is of whoever goes on
+alike the longest.
 
 Why a copy never reads what another sequence has overwritten: a source is looked up when the batch
 that copies is made, and is then held by a running sequence or retained. Should its slots get
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,12 +26,16 @@ import numpy.typing as npt
 
 from engine.batch import CacheCopy
 from engine.requests.sequence import Sequence
+from engine.scheduling.branches import Branches
 from engine.scheduling.slots import SlotAllocator
 
 __all__ = ["BLOCK", "PrefixCache"]
 
 BLOCK = 16
 """Tokens; a shared beginning shorter than this isn't found."""
+WORTH_WAITING = 2
+"""Tokens short of a block that a sequence waits for, if another is about to compute them: on a CPU
+they take longer than its own token does, which the wait for one round costs."""
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +54,14 @@ class _Range:
     """One per full block, as far as they were needed."""
     num_known: int = 0
     """Blocks from the start that the index leads to."""
+    tail: tuple[int, bytes] | None = None
+    """Number of a block and the prompt's last tokens, which begin it, if the index leads there."""
+    claimed_tail: tuple[int, bytes] | None = None
+    """The same of one that is about to be computed."""
+    tail_end: int = 0
+    """Tokens from the start up to the end of that."""
+    is_claiming: bool = False
+    """It is about to compute what it claims, and waits for nobody."""
 
     def hash_blocks(self, num_tokens: int) -> list[bytes]:
         """The hashes of all full blocks in the first `num_tokens`."""
@@ -57,6 +72,15 @@ class _Range:
             # Of a length at which nobody makes two sequences that share one.
             self.hashes.append(hashlib.blake2b(before + block, digest_size=32).digest())
         return self.hashes[:num_blocks]
+
+    @property
+    def tail_key(self) -> bytes:
+        """What leads to the tail, in place of a block's hash."""
+        return b"tail %d" % self.number
+
+    def tokens_of(self, block: int, end: int) -> bytes:
+        """The block's tokens, as far as they are before `end`."""
+        return self.token_ids[block * BLOCK : min((block + 1) * BLOCK, end)].tobytes()
 
 
 class PrefixCache:
@@ -80,6 +104,9 @@ class PrefixCache:
         """By a block's hash, then by the number of the range."""
         self._claims: dict[bytes, int] = {}
         """By a block's hash: the number of the range whose sequence is about to compute it."""
+        self._held_behind = Branches()
+        """What leads to a holder, but for first blocks."""
+        self._claimed_behind = Branches()
 
     @property
     def num_retained(self) -> int:
@@ -101,16 +128,16 @@ class PrefixCache:
         own = self._running[sequence.number]
         self._forget(own)
         own.first_slot, own.num_written, own.num_known = sequence.first_slot, 0, 0
-        for block in own.hashes:
+        for number, block in enumerate(own.hashes):
             if block not in self._holders:
-                self._claims.setdefault(block, own.number)
+                self._claim(own, number, block)
 
     def free(self, sequence: Sequence) -> None:
         """Take a range back; it is retained if it holds what no other does."""
         freed = self._running.pop(sequence.number)
-        for block in freed.hashes:
-            if self._claims.get(block) == freed.number:
-                del self._claims[block]
+        for number, block in enumerate(freed.hashes):
+            self._end_claim(freed, number, block)
+        self._end_tail_claim(freed)
         known = freed.hashes[: freed.num_known]
         if all(len(self._holders[block]) > 1 for block in known):
             self._drop(freed)
@@ -127,15 +154,22 @@ class PrefixCache:
         if sequence.scores_prompt:
             return False
         own = self._running[sequence.number]
+        if own.is_claiming:
+            return False
         blocks = own.hash_blocks(sequence.num_tokens)
-        rest = blocks[self._num_held(blocks) :]
-        usable = (sequence.num_tokens - 1) // BLOCK  # one token is computed in any case
-        if len(blocks) - len(rest) < usable and (
-            self._claims.get(rest[0], own.number) != own.number
-        ):
+        num_held = self._num_held(blocks)
+        usable = sequence.num_tokens - 1  # one token is computed in any case
+        if num_held < usable // BLOCK and blocks[num_held] in self._claims:
             return True
-        for block in rest:
-            self._claims.setdefault(block, own.number)
+        if 0 < num_held * BLOCK < usable:
+            behind, tokens = blocks[num_held - 1], own.tokens_of(num_held, usable)
+            claimed, _ = self._claimed_behind.closest(behind, tokens)
+            if claimed - self._held_behind.closest(behind, tokens)[0] >= WORTH_WAITING:
+                return True
+        own.is_claiming = True
+        for number in range(num_held, len(blocks)):
+            self._claim(own, number, blocks[number])
+        self._claim_tail(own, sequence.num_tokens)
         return False
 
     def reuse(self, sequence: Sequence) -> None:
@@ -148,11 +182,12 @@ class PrefixCache:
         num_held = self._num_held(blocks)
         if num_held == 0:
             return
-        holder = next(iter(self._holders[blocks[num_held - 1]].values()))
+        begin, last = num_held * BLOCK, blocks[num_held - 1]
+        _, key = self._held_behind.closest(last, own.tokens_of(num_held, limit))
+        holder = next(iter(self._holders[key or last].values()))
         if holder.number in self._retained:
             self._retained.move_to_end(holder.number)
         end = min(limit, holder.num_written)
-        begin = num_held * BLOCK
         differs = holder.token_ids[begin:end] != sequence.token_ids[begin:end]
         length = begin + int(differs.argmax()) if differs.any() else end
         sequence.copy = CacheCopy(holder.first_slot, own.first_slot, length)
@@ -162,11 +197,17 @@ class PrefixCache:
         """Note that the sequence's first `num_cached` tokens are in every stage's pool."""
         own = self._running[sequence.number]
         own.num_written = sequence.num_cached
-        for block in own.hash_blocks(own.num_written)[own.num_known :]:
-            self._holders.setdefault(block, {})[own.number] = own
-            if self._claims.get(block) == own.number:
-                del self._claims[block]
-        own.num_known = own.num_written // BLOCK
+        blocks = own.hash_blocks(own.num_written)
+        for number in range(own.num_known, len(blocks)):
+            self._hold(own, number, blocks[number])
+            self._end_claim(own, number, blocks[number])
+        own.num_known = len(blocks)
+        if own.tail is not None and own.tail[0] < own.num_known:
+            self._forget_tail(own)
+        if own.claimed_tail is not None and own.num_written >= own.tail_end:
+            self._end_tail_claim(own)
+            if tokens := own.tokens_of(own.num_known, own.num_written):
+                self._hold_tail(own, tokens)
 
     def clear(self) -> None:
         """Forget all ended sequences."""
@@ -202,8 +243,58 @@ class PrefixCache:
 
     def _forget(self, known: _Range) -> None:
         """Take a range out of the index."""
-        for block in known.hashes[: known.num_known]:
+        for number, block in enumerate(known.hashes[: known.num_known]):
             holders = self._holders[block]
             del holders[known.number]
             if not holders:
                 del self._holders[block]
+                self._note(self._held_behind.remove, known, number, block)
+        self._forget_tail(known)
+
+    def _hold(self, own: _Range, number: int, block: bytes) -> None:
+        holders = self._holders.setdefault(block, {})
+        if not holders:
+            self._note(self._held_behind.add, own, number, block)
+        holders[own.number] = own
+
+    def _hold_tail(self, own: _Range, tokens: bytes) -> None:
+        own.tail = own.num_known, tokens
+        self._holders[own.tail_key] = {own.number: own}
+        self._held_behind.add(own.hashes[own.num_known - 1], tokens, own.tail_key)
+
+    def _forget_tail(self, own: _Range) -> None:
+        if own.tail is not None:
+            number, tokens = own.tail
+            del self._holders[own.tail_key]
+            self._held_behind.remove(own.hashes[number - 1], tokens, own.tail_key)
+            own.tail = None
+
+    def _claim(self, own: _Range, number: int, block: bytes) -> None:
+        if block not in self._claims:
+            self._claims[block] = own.number
+            self._note(self._claimed_behind.add, own, number, block)
+
+    def _end_claim(self, own: _Range, number: int, block: bytes) -> None:
+        if self._claims.get(block) == own.number:
+            del self._claims[block]
+            self._note(self._claimed_behind.remove, own, number, block)
+
+    def _claim_tail(self, own: _Range, num_tokens: int) -> None:
+        number = num_tokens // BLOCK
+        if number and (tokens := own.tokens_of(number, num_tokens)):
+            own.claimed_tail, own.tail_end = (number, tokens), num_tokens
+            self._claimed_behind.add(own.hashes[number - 1], tokens, own.tail_key)
+
+    def _end_tail_claim(self, own: _Range) -> None:
+        if own.claimed_tail is not None:
+            number, tokens = own.claimed_tail
+            self._claimed_behind.remove(own.hashes[number - 1], tokens, own.tail_key)
+            own.claimed_tail = None
+
+    @staticmethod
+    def _note(
+        change: Callable[[bytes, bytes, bytes], None], own: _Range, number: int, block: bytes
+    ) -> None:
+        """Change what leads to one of the range's blocks."""
+        if number:
+            change(own.hashes[number - 1], own.tokens_of(number, (number + 1) * BLOCK), block)

@@ -54,11 +54,14 @@ class ChunkWriter:
         wait_when_full: bool = True,
         job_ttl_s: int | None = None,
         fingerprint: str = "",
+        num_lanes: int = 0,
     ) -> None:
+        """:param num_lanes: a worker goes on with every so manieth chunk, if it can; 0: with any"""
         self._store = store
         self._run = run
         self._template = store.template(queue, job_ttl_s)
         self._fingerprint = fingerprint
+        self._num_lanes = num_lanes
         self._chunk_size = chunk_size
         self._done = done
         self._wait_when_full = wait_when_full
@@ -160,7 +163,12 @@ class ChunkWriter:
             yield self._call(job_id, [(index, as_json)])
 
     def _call(self, job_id: str, items: list[tuple[int, bytes]]) -> EnqueueCall:
-        return self._template.call(job_id, self._run, items, fingerprint=self._fingerprint)
+        lane = ""
+        if self._num_lanes:
+            lane = f"{self._run}/{items[0][0] // self._chunk_size % self._num_lanes}"
+        return self._template.call(
+            job_id, self._run, items, fingerprint=self._fingerprint, lane=lane
+        )
 
     def _without_job(self, call: EnqueueCall) -> Iterator[GenerationResult]:
         """Results of requests whose job's key is somebody else's."""

@@ -147,6 +147,17 @@ class RowParser:
             index, shown, request.id, request, mark, as_json, found.number, None, place, answers
         )
 
+    def fields_of(self, found: Record) -> dict[str, Any]:
+        """The fields of a record's request, with the options for what they leave out; unchecked,
+        and none if there can be no request."""
+        read = self._reader.read(found)
+        if read.error is not None:
+            return {}
+        fields = {**self._options, **own_names(read.fields)}
+        if isinstance(nested := read.fields.get("sampling"), Mapping):
+            fields["sampling"] = {**self._options, **own_names(nested)}
+        return fields
+
     def num_turns(self, found: Record) -> int:
         """How many turns a record has; 1 if it is wrong."""
         return 1 + len(self._reader.read(found).fields.get("turns", ()))

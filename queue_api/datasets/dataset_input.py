@@ -66,10 +66,11 @@ class DatasetInput:
             self.source.close()
             raise
 
-    def of_rows(self, numbers: Sequence[int]) -> DatasetInput:
+    def of_rows(self, numbers: Sequence[int], *, are_sorted: bool = True) -> DatasetInput:
         """The same input, of which these rows are asked for, in this order."""
         part = copy.copy(self)
-        part.chosen = ChosenSource(self.source, RowSelection(), numbers)
+        selection = RowSelection(shuffle=not are_sorted)
+        part.chosen = ChosenSource(self.source, selection, numbers)
         part._ahead, part._stream = [], None
         return part
 

@@ -84,6 +84,7 @@ class DatasetRun:
         ordered: bool,
         cache: ResponseCache | None,
         makers: Collection[Maker],
+        num_lanes: int,
         listener: Callable[[Progress], None] | None,
         on_written: WrittenListener | None = None,
         summary: RunSummary | None = None,
@@ -120,6 +121,7 @@ class DatasetRun:
             fingerprint=opened.fingerprint,
             done=Bitmap(),  # which rows are done is decided here, with the output file
             job_ttl_s=min(self._store.settings.job_ttl_s, FINISHED_JOB_TTL_S),
+            num_lanes=num_lanes,
         )
         self._pending: dict[int, Row] = {}
         """Rows read and not yet written."""

@@ -35,6 +35,7 @@ from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.layout.shown_columns import shown_columns
+from queue_api.datasets.prefix_order import prefix_order
 from queue_api.datasets.response_cache import ResponseCache
 from queue_api.datasets.resume import changed_rows, check_chosen, check_makers
 from queue_api.datasets.row_numbers import chosen_rows
@@ -92,6 +93,7 @@ class Dataset:
     ordered: bool = False
     retry_errors: bool = False
     redo_all: bool = False
+    group_prefixes: int = 0
     turn: TurnPass | None = None
     """Which turn of its rows is asked; None: all of them, one after the other."""
     keeps_empty: bool = False
@@ -164,20 +166,22 @@ class Dataset:
         if statistics is not None:
             on_written = statistics.add if is_last else statistics.add_earlier_turn
         while True:
-            written = self.sink.rows
+            written, data = self.sink.rows, self.data
             try:
                 opened = await _open(client, self, queue, chunk_size, makers)
+                data = await self._grouped(opened.chunk_size)
                 work = DatasetRun(
                     client,
                     opened,
                     self.sink,
-                    data=self.data,
+                    data=data,
                     parser=self.parser(self.warn if summary is None else _say_nothing),
                     window=window,
                     limit=limit,
                     ordered=self.ordered,
                     cache=kept,
                     makers=makers,
+                    num_lanes=self.group_prefixes,
                     listener=listener,
                     on_written=on_written,
                     summary=summary,
@@ -195,9 +199,25 @@ class Dataset:
                     raise
                 self.warn("Redis lost the run: what isn't written is asked for again")
                 await self.data.start_over()
+            finally:
+                if data is not self.data:
+                    await data.stop_reading()
         if is_last:
             await asyncio.to_thread(self._finish, work)
         return summary
+
+    async def _grouped(self, chunk_size: int) -> DatasetInput:
+        """The input in the order in which it is asked for."""
+        if not self.group_prefixes:
+            return self.data
+        numbers = await asyncio.to_thread(
+            prefix_order,
+            self.data.chosen,
+            self.parser(_say_nothing),
+            num_lanes=self.group_prefixes,
+            chunk_size=chunk_size,
+        )
+        return self.data.of_rows(numbers, are_sorted=False)
 
     def _finish(self, work: DatasetRun) -> None:
         """Bring the output into its last form, and say beside it what it is."""
@@ -297,6 +317,7 @@ async def open_dataset(
     redo_changed: bool = False,
     redo_all: bool = False,
     ordered: bool = False,
+    group_prefixes: int = 0,
     outputs: OutputOptions | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Dataset, None]:
@@ -309,6 +330,7 @@ async def open_dataset(
     """
     if ordered and selection is not None and selection.shuffle:
         raise ConfigurationError("--ordered is the input's order, --shuffle another: give one")
+    _check_grouping(group_prefixes, ordered=ordered, selection=selection)
     data = DatasetInput(input, format=format, output=output or "", selection=selection)
     opened = open_dataset_of(
         data,
@@ -322,6 +344,7 @@ async def open_dataset(
         redo_changed=redo_changed,
         redo_all=redo_all,
         ordered=ordered,
+        group_prefixes=group_prefixes,
         outputs=outputs,
         warn=warn,
     )
@@ -343,6 +366,7 @@ async def open_dataset_of(
     redo_changed: bool = False,
     redo_all: bool = False,
     ordered: bool = False,
+    group_prefixes: int = 0,
     is_part: bool = False,
     outputs: OutputOptions | None = None,
     warn: Callable[[str], None] | None = None,
@@ -362,7 +386,14 @@ async def open_dataset_of(
             warn or logger.warning,
         )
         sink = _sink(source, output, layout, outputs, warn)
-        mark = _fingerprint(data.chosen, output, defaults, model, layout)
+        if group_prefixes and not source.is_repeatable:
+            raise DatasetError(
+                f"{source.name} can be read only once, and --group-prefixes has to read it twice: "
+                "write it into a file first"
+            )
+        mark = _fingerprint(
+            data.chosen, output, defaults, model, layout, group_prefixes=group_prefixes
+        )
         dataset = Dataset(
             data,
             sink,
@@ -376,6 +407,7 @@ async def open_dataset_of(
             ordered,
             retry_errors,
             redo_all,
+            group_prefixes,
             is_part=is_part,
         )
         try:
@@ -434,6 +466,7 @@ async def run_dataset(
     redo_all: bool = False,
     max_errors: ErrorLimit | int | str | None = None,
     ordered: bool = False,
+    group_prefixes: int = 0,
     cache: Path | str | None = None,
     cache_scope: str = "",
     outputs: OutputOptions | None = None,
@@ -464,6 +497,8 @@ async def run_dataset(
         last thousand, `"5%"`
     :param ordered: write rows in the order of the input; those that are answered before their turn
         are held, `window` at most
+    :param group_prefixes: ask for rows together whose prompts begin alike, shared out among so many
+        workers; 0: in the order of the input
     :param cache: a folder of results of earlier runs: what the same model was asked before isn't
         asked again
     :param cache_scope: names the workers' settings that texts depend on, if they vary
@@ -486,6 +521,7 @@ async def run_dataset(
         redo_changed=redo_changed,
         redo_all=redo_all,
         ordered=ordered,
+        group_prefixes=group_prefixes,
         outputs=outputs,
         warn=warn,
     )
@@ -544,6 +580,8 @@ def _fingerprint(
     defaults: SamplingParams | None,
     model: str,
     layout: Layout,
+    *,
+    group_prefixes: int = 0,
 ) -> str:
     """Of the files and options. The input's size, time and samples stand for its content."""
     # rows that are given back are nobody else's: no run of before is gone on with
@@ -551,11 +589,25 @@ def _fingerprint(
     parts = [str(where) if output in ("-", None) else os.path.realpath(where)]
     parts.append((defaults or SamplingParams()).model_dump_json(exclude_unset=True))
     parts += layout.identity()
+    if group_prefixes:  # its requests are numbered in another order
+        parts.append(f"prefixes {group_prefixes}")
     if model:
         parts.append(model)
     if source.name != "-":
         parts += source.identity()
     return hashlib.blake2b("\0".join(parts).encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def _check_grouping(num_workers: int, *, ordered: bool, selection: RowSelection | None) -> None:
+    """:raises ConfigurationError: rows are asked for in another order"""
+    if num_workers < 0:
+        raise ConfigurationError(f"group_prefixes is {num_workers}: must be a number of workers")
+    if num_workers and ordered:
+        raise ConfigurationError(
+            "--ordered is the input's order, --group-prefixes another: give one"
+        )
+    if num_workers and selection is not None and selection.shuffle:
+        raise ConfigurationError("--shuffle is one order, --group-prefixes another: give one")
 
 
 def _check_defaults(defaults: SamplingParams | None) -> None:

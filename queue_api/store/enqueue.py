@@ -15,6 +15,7 @@ from queue_api.connection.settings import QueueSettings
 from queue_api.store.jobs import (
     BATCH_SIZE_FIELD,
     GENERATE,
+    LANE_FIELD,
     MAX_RETRIES_FIELD,
     RUN_FINGERPRINT_FIELD,
     GenerateJob,
@@ -81,11 +82,13 @@ class JobTemplate:
         *,
         at_front: bool = False,
         fingerprint: str = "",
+        lane: str = "",
     ) -> EnqueueCall:
         """Enqueue these requests of the run as the job of that id.
 
         :param items: (index in the run, request as JSON)
         :param fingerprint: tells the run from others that had its name before
+        :param lane: a worker that took a job of it goes on with others of it, if it can
         """
         time = utcformat(now())
         payload = chunk_payload(run, items)
@@ -99,6 +102,8 @@ class JobTemplate:
         }
         if fingerprint:
             fields[RUN_FINGERPRINT_FIELD] = fingerprint
+        if lane:
+            fields[LANE_FIELD] = lane
         keys = [
             GenerateJob.key_for(job_id),
             self.queue.key,

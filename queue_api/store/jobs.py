@@ -61,6 +61,8 @@ unpack to so many values that nothing else is done for seconds while they are re
 MAX_REQUESTS_PER_JOB = 1024
 RUN_FINGERPRINT_FIELD = "run_fingerprint"
 """Extra field: that of the run it was made for; another run may have its name by now."""
+LANE_FIELD = "lane"
+"""Extra field: jobs of one lane are for one worker, as far as that keeps all of them busy."""
 _REQUESTS = TypeAdapter(list[GenerationRequest])
 
 

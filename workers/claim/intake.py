@@ -82,7 +82,7 @@ class Intake:
         if want <= 0 or runs_alone:
             await self._something_ends()
             return
-        claim = await self._leases.claim(want, held=len(active))
+        claim = await self._leases.claim(want, len(active), self._runner.modest_room)
         self._runner.is_suspended = claim.is_suspended
         if claim.leases:
             await self._take(claim.leases)

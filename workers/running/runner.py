@@ -80,6 +80,11 @@ class Runner:
     # --- begin ------------------------------------------------------------------------------
 
     @property
+    def modest_room(self) -> int:
+        """With no more than that, there is enough to do."""
+        return self._capacity // 2
+
+    @property
     def room(self) -> int:
         """For how many more requests; negative if the last job was larger than the room.
 

@@ -8,6 +8,10 @@
 -- A job that workers died of (`deaths`, see reclaim.lua) gets a worker for itself near the end,
 -- so that the next death shows whether it is the cause. Until then nothing behind it is taken.
 --
+-- Jobs may have a `lane`. A worker goes on with the lane that it took a job of first, if one of it
+-- stands among the first of the list: what those jobs have in common is in its cache. Jobs of other
+-- lanes it takes only while it would have little to do without, best of those that it knows.
+--
 -- KEYS  1 worker hash  2 the worker's set of executions  3 RQ's suspension flag
 --       4… (list of jobs, StartedJobRegistry) per list, best first: the strays of a queue (rescue.lua),
 --       then its own
@@ -16,16 +20,23 @@
 --       7 most jobs in one call: bounds how long the server is held up
 --       8 deaths after which a job has a worker for itself  9 jobs that this worker holds
 --       10 most entries of the queues to look at: what was cancelled or deleted is still there
+--       11 of other lanes than its first, jobs are taken while it wants more requests than that
+--       12… lanes that this worker took jobs of, its first in front
 -- Returns {state, {job id, execution id, number of its list, job hash}…}; lists are numbered
--- from 0; state is 'ok', 'suspended', 'alone' if the next job waits for an idle worker, or 'more'
--- if there may be jobs behind the entries looked at.
+-- from 0; state is 'ok', 'suspended', 'alone' if the next job waits for a worker that is idle or
+-- wants more, or 'more' if there may be jobs behind the entries looked at.
 -- A queue whose list or registry is somebody's key of another type is passed over.
 if redis.call('EXISTS', KEYS[3]) == 1 then
   return {'suspended'}
 end
 local iso, lease, name, want, prefix = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local most, alone, held = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local looks = tonumber(ARGV[10])
+local looks, modest = tonumber(ARGV[10]), tonumber(ARGV[11])
+local most_of_other_lanes = 255
+local rank, num_lanes = {}, #ARGV - 11
+for i = 1, num_lanes do
+  rank[ARGV[11 + i]] = i
+end
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1e6
 local stamp = string.format('%.6f', now)
@@ -40,13 +51,62 @@ local function is_fit(key, kind)
   return found == kind or found == 'none'
 end
 
+local lanes = {}
+local function lane_of(id)
+  if lanes[id] == nil then
+    local found = redis.pcall('HGET', prefix .. ':job:' .. id, 'lane')
+    lanes[id] = type(found) == 'string' and found
+  end
+  return lanes[id]
+end
+
+-- The next job of a list; nothing, and true, if there are only some that others may want more.
+local function pop(list, is_hungry)
+  local id = redis.call('LPOP', list)
+  local lane = id and lane_of(id)
+  if not lane or rank[lane] == 1 then
+    return id
+  end
+  local best, best_rank = id, rank[lane] or math.huge
+  for _, other in ipairs(redis.call('LRANGE', list, 0, most_of_other_lanes)) do
+    local other_rank = rank[lane_of(other)] or math.huge
+    if other_rank < best_rank then
+      best, best_rank = other, other_rank
+      if best_rank == 1 then
+        break
+      end
+    end
+  end
+  local is_left = best_rank > 1 and not is_hungry
+  if best ~= id then
+    redis.call('LPUSH', list, id)
+    if not is_left then
+      redis.call('LREM', list, 1, best)
+    end
+  elseif is_left then
+    redis.call('LPUSH', list, id)
+  end
+  if is_left then
+    return nil, true
+  end
+  lane = lane_of(best)
+  if not rank[lane] then
+    num_lanes = num_lanes + 1
+    rank[lane] = num_lanes
+  end
+  return best
+end
+
 for k = 4, #KEYS, 2 do
   while want > 0 and #reply <= most and is_fit(KEYS[k], 'list') and is_fit(KEYS[k + 1], 'zset') do
     if looks <= 0 then
       reply[1] = 'more'
       break
     end
-    local id = redis.call('LPOP', KEYS[k])
+    local id, is_others = pop(KEYS[k], want > modest or held + #reply == 1)
+    if is_others then
+      reply[1] = 'alone'
+    end
     if not id then
       break
     end
