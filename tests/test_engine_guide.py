@@ -82,6 +82,24 @@ def test_a_text_of_nobodys_is_lost(engine: Engine) -> None:
     assert guide.is_lost
 
 
+def test_a_draw_near_a_border_may_be_the_token_behind_many_that_are_hardly_ever_drawn(
+    engine: Engine,
+) -> None:
+    one, other, bound = 10, 300, 0.1
+    logits = torch.full((400,), -12.0)
+    logits[one] = logits[other] = 0.0
+    sampling, tokens, found = SamplingParams(temperature=1.0), np.zeros(1, dtype=np.int64), 0
+    for seed in range(1000):
+        row = SamplingRow(tokens, 1, sampling, seed, sample=0, change=None, grammar=None)
+        (chosen,) = choose_tokens(logits[None], [row])
+        if chosen == one and margins_of(logits, row)[other] <= bound:
+            guide = Guide(engine.tokenizer, "", [other], ended=True, bound=bound)
+            assert guide.choose(logits, row, chosen) == other
+            assert not guide.is_lost
+            found += 1
+    assert found
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
 def test_no_error_below_a_tokens_margin_makes_it_the_chosen(temperature: float) -> None:
     generator = torch.Generator().manual_seed(1)

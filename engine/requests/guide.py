@@ -19,7 +19,7 @@ from engine.sampling.sampler import margins_of
 __all__ = ["Fork", "Guide"]
 
 MOST_TRIED = 64
-"""Tokens that are compared with the text at a fork, the nearest to being chosen first."""
+"""Tokens that are compared with the text at a fork, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,23 @@ class Guide:
         if self.is_lost or chosen < 0 or self._follows(row, chosen):
             return chosen
         margins = margins_of(logits, row)  # [V]
-        count = min(MOST_TRIED, len(margins))
-        nearest, ids = margins.topk(count, largest=False)
-        pairs = zip(ids.tolist(), nearest.tolist(), strict=True)
-        other, margin = next(
-            ((i, m) for i, m in pairs if m < float("inf") and self._follows(row, i)), (None, None)
-        )
+        other = self._likeliest(logits.masked_fill(margins > self._bound, float("-inf")), row)
+        if other is None:
+            kept = logits.masked_fill(margins == float("inf"), float("-inf"))
+            other = self._likeliest(kept, row)
+        margin = None if other is None else float(margins[other])
         self.forks.append(Fork(row.num_generated, chosen, other, margin))
         if other is None or margin is None or margin > self._bound:
             self.is_lost = True
             return chosen
         return int(other)
+
+    def _likeliest(self, logits: torch.Tensor, row: SamplingRow) -> int | None:
+        """Of the likeliest tokens the first that follows: between two of them in the order of ids
+        there may be many that are hardly ever drawn, and all of those are near a border."""
+        values, ids = logits.topk(min(MOST_TRIED, len(logits)))
+        pairs = zip(ids.tolist(), values.tolist(), strict=True)
+        return next((i for i, v in pairs if v > float("-inf") and self._follows(row, i)), None)
 
     def _follows(self, row: SamplingRow, token: int) -> bool:
         """Whether what is written may go on with that token."""
