@@ -91,7 +91,7 @@ def test_a_dataset_run_lives_with_the_client_s_line(client_url, worker, tmp_path
 
     assert asyncio.run(answer()).rows == 2
     output.write_text(
-        output.read_text().replace('"model": "echo:tokens=100"', '"model": "another"')
+        output.read_text().replace('"model":"echo:tokens=100"', '"model":"another"')
     )
     source.write_text("".join(rows))
     before = output.read_bytes()

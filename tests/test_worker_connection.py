@@ -231,7 +231,7 @@ def test_the_workers_of_a_run_go_where_the_run_goes(server, connection, tmp_path
         check=True,
         timeout=60,
     )
-    assert '"text": "a b"' in (tmp_path / "out.jsonl").read_text()
+    assert '"text":"a b"' in (tmp_path / "out.jsonl").read_text()
     assert connection.keys("batchmill:*")
 
 
