@@ -90,9 +90,7 @@ def test_a_dataset_run_lives_with_the_client_s_line(client_url, worker, tmp_path
             return await run_dataset(client, source, output, **options)
 
     assert asyncio.run(answer()).rows == 2
-    output.write_text(
-        output.read_text().replace('"model":"echo:tokens=100"', '"model":"another"')
-    )
+    output.write_text(output.read_text().replace('"model":"echo:tokens=100"', '"model":"another"'))
     source.write_text("".join(rows))
     before = output.read_bytes()
     with pytest.raises(DatasetError, match="made by another, the workers have echo"):
