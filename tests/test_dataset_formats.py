@@ -39,7 +39,7 @@ from kits.format_kit import (
 from queue_api.datasets.formats.json_record import dump_row
 from queue_api.datasets.formats.json_source import elements_of
 from queue_api.datasets.formats.opening import open_source
-from queue_api.datasets.formats.record import Record
+from queue_api.datasets.formats.record import RawJson, Record
 from queue_api.datasets.formats.text_lines import MAX_LINE_BYTES
 from queue_api.wire.errors import DatasetError
 
@@ -554,6 +554,19 @@ def test_of_damaged_parquet_the_rows_before_are_read(tmp_path: Path) -> None:
     assert rows == table.to_pylist()[: len(rows)]
     assert len(rows) >= 1024
     assert "is damaged Parquet" in told
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"\ud800": 1, "b": "é"},
+        {"a": "\ud83d", "b": {"\udfff": ["é"]}},
+        {"a": RawJson("1.10"), "b": "\ud800"},
+    ],
+)
+def test_half_a_surrogate_pair_is_written_as_json_says_it(row: dict[str, Any]) -> None:
+    read = json.loads(dump_row(row).decode())
+    assert read == {**row, **({"a": 1.1} if isinstance(row.get("a"), RawJson) else {})}
 
 
 @pytest.mark.parametrize("kind", WRITE)

@@ -505,6 +505,32 @@ def test_the_command_runs_a_recipe_with_workers_of_its_own(tmp_path: Path) -> No
     assert (wrong.returncode, "--max-tokens belongs into the recipe" in wrong.stderr) == (2, True)
 
 
+def test_another_model_s_texts_do_not_stand_unsaid(tmp_path: Path) -> None:
+    write_rows([{"id": row, "topic": f"t{row}"} for row in range(3)])
+    one = THREE[: THREE.index("  - name: judge")] + "sampling: {max_tokens: 4}\n"
+    Path("recipe.yaml").write_text(one + 'model: "echo:tokens=2"\n')
+    assert batchmill("run", "recipe.yaml", cwd=tmp_path).returncode == 0
+    before = Path("out.jsonl").read_bytes()
+    Path("recipe.yaml").write_text(one + 'model: "echo:tokens=3"\n')
+    refused = batchmill("run", "recipe.yaml", cwd=tmp_path)
+    assert (refused.returncode, "were made by echo:tokens=2" in refused.stderr) == (2, True)
+    assert Path("out.jsonl").read_bytes() == before
+    done = batchmill("run", "recipe.yaml", "--redo-changed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {row["model"] for row in written().values()} == {"echo:tokens=3"}
+
+
+def test_a_column_that_cannot_be_renamed_counts_as_an_error(
+    settings: QueueSettings, asked: Asked
+) -> None:
+    rows: list[dict[str, Any]] = [{"id": row, "topic": f"t{row}"} for row in range(4)]
+    rows[2]["subject"] = "taken"
+    write_rows(rows)
+    summary = run(settings, THREE + "rename: {topic: subject}\n", asked)
+    assert "can't be renamed to 'subject'" in written()[2]["error"]
+    assert (summary.errors, "can't be renamed" in summary.first_error) == (1, True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sums", "vote", "words", "stories"])
 def test_the_examples_run(tmp_path: Path, name: str) -> None:

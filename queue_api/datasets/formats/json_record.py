@@ -137,7 +137,7 @@ def dump_row(row: Mapping[str, Any]) -> bytes:
             return to_json(row) + b"\n"
     except PydanticSerializationError:
         pass  # a column of which it can't be said in UTF-8
-    columns = (to_json(name) + b":" + _dumped(value) for name, value in row.items())
+    columns = (_dumped(name) + b":" + _dumped(value) for name, value in row.items())
     return b"{" + b",".join(columns) + b"}\n"
 
 

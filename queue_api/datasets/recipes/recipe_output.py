@@ -129,13 +129,13 @@ class RecipeOutput:
         line = dict(last.line) if last is not None else {}
         if record.error is not None:
             error = error or str(record.error)
-        if error:
-            summary.errors += 1
-            summary.first_error = summary.first_error or error
         try:
             shown = self._shown.of(record.shown)
         except InvalidRequestError as clash:
             shown, error = self._shown.chosen(record.shown), error or str(clash)
+        if error:
+            summary.errors += 1
+            summary.first_error = summary.first_error or error
         made = _free_columns(shown)
         if made.get("id") is None:
             made = {**made, "id": line.get("id", str(row))}
