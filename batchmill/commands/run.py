@@ -191,7 +191,7 @@ def run(
             )
         check_options(context, input, dry_run=dry_run)
         options = RecipeOptions(
-            redis_url=given_redis_url(redis_url),
+            redis_url=_given_redis_url(redis_url),
             engine_settings=frozenset(engine) - {"model"},
             workers=workers if is_given(context, "workers") else None,
             redo_changed=redo_changed,
@@ -216,7 +216,7 @@ def run(
     job = OfflineRun(
         inputs=input,
         output=output,
-        redis_url=given_redis_url(redis_url),
+        redis_url=_given_redis_url(redis_url),
         defaults=sampling,
         num_workers=workers,
         worker_environment=worker_environment(engine, settings, workers),
@@ -284,7 +284,7 @@ def _judge(summary: RunSummary, limit: ErrorLimit | None, *, fail_on_error: bool
         raise RowsFailedError(told)
 
 
-def given_redis_url(flag: str | None) -> str | None:
+def _given_redis_url(flag: str | None) -> str | None:
     """The address that a flag or the environment names; None if neither does."""
     settings = QueueSettings.load(redis_url=flag)
     return settings.redis_url if settings.names_redis else None

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from batchmill.offline.offline import OfflineRun
 from queue_api.datasets.chosen_source import ChosenSource
-from queue_api.datasets.columns import Row, RowParser
+from queue_api.datasets.columns import Row, RowParser, say_nothing
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.row_selection import RowSelection
@@ -56,7 +56,7 @@ async def dry_run(
         first, sample, total = await asyncio.to_thread(_rows_of, data)
         shown = [line for row in map(parser(warn).parse, first) for line in _row(row, tokenizer)]
         estimate = _Estimate(total, max_model_len)
-        for row in map(parser(_say_nothing).parse, sample):
+        for row in map(parser(say_nothing).parse, sample):
             estimate.count(row, tokenizer)
         return [data.how_read or "no row can be read", "", *shown, *estimate.lines()]
     finally:
@@ -71,10 +71,6 @@ def _rows_of(data: DatasetInput) -> tuple[list[Record], list[Record], int | None
     sample = ChosenSource(data.chosen, RowSelection(sample=ROWS_COUNTED))
     first = list(islice(data.chosen.records(), ROWS_SHOWN))
     return first, list(sample.records()), data.chosen.count()
-
-
-def _say_nothing(_: str) -> None:
-    """The first rows said what there is to be told."""
 
 
 def _row(row: Row, tokenizer: PromptReader | None) -> list[str]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.formats.wrapped_source import WrappedSource
 from queue_api.datasets.row_selection import RowSelection
 from queue_api.wire.errors import DatasetError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ["ChosenSource"]
 
 MOST_READ_TO_COUNT = 10_000
 
 
-class ChosenSource(RowSource):
+class ChosenSource(WrappedSource):
     """Records with the number of their row in the whole input; memory for 8 bytes a row.
 
     A shuffled input is read once, into an unnamed temporary file of about its size, and from there
@@ -42,8 +38,7 @@ class ChosenSource(RowSource):
                 f"{whole.name} can be read only once, and so can't be {what}: write it into a file "
                 "first, or sample a percentage"
             )
-        super().__init__()
-        self._whole = whole
+        super().__init__(whole)
         self._selection = selection
         self._numbers = numbers
         self._is_listed = selection.needs_count or numbers is not None
@@ -82,46 +77,15 @@ class ChosenSource(RowSource):
         return sum(1 for _ in islice(self._whole.records(), limit))
 
     @property
-    def name(self) -> str:
-        return self._whole.name
-
-    @property
-    def is_repeatable(self) -> bool:
-        return self._whole.is_repeatable
-
-    @property
     def waits(self) -> bool:
         return self._whole.waits or self._selection.needs_count
-
-    @property
-    def before_waiting(self) -> Callable[[], None]:
-        return self._whole.before_waiting
-
-    @before_waiting.setter
-    def before_waiting(self, call: Callable[[], None]) -> None:
-        self._whole.before_waiting = call
-
-    def place(self, number: int) -> str:
-        return self._whole.place(number)
-
-    def advice(self, lines: Sequence[bytes | None]) -> str:
-        return self._whole.advice(lines)
-
-    def schema(self) -> pyarrow.Schema | None:
-        return self._whole.schema()
 
     def identity(self) -> list[str]:
         return [*self._whole.identity(), *self._selection.identity()]
 
-    def is_same_file(self, info: os.stat_result) -> bool:
-        return self._whole.is_same_file(info)
-
     def interrupt(self) -> None:
         self._is_interrupted = True
         self._whole.interrupt()
-
-    def close(self) -> None:
-        self._whole.close()
 
     def _numbered(self) -> Iterator[Record]:
         for number, record in enumerate(self._whole.records()):

@@ -14,7 +14,7 @@ from queue_api.datasets.fingerprint import (
     unread_fingerprint,
 )
 from queue_api.datasets.foreign_columns import ColumnNotices
-from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
+from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS, free_name
 from queue_api.datasets.formats.record import RawJson, Record
 from queue_api.datasets.layout.layout import Layout
 from queue_api.datasets.layout.reader import LayoutReader, Reading
@@ -38,6 +38,7 @@ __all__ = [
     "check_fields",
     "has_number_as_id",
     "output_row",
+    "say_nothing",
 ]
 
 logger = logging.getLogger(__name__)
@@ -330,10 +331,7 @@ def _input_columns(columns: Mapping[str, Any], result: GenerationResult) -> dict
     for name, value in columns.items():
         if name == "id" and value is None:
             continue
-        shown = name
-        while shown in OUTPUT_COLUMNS or (shown != name and shown in columns):
-            shown = f"input_{shown}"
-        row[shown] = _unpacked(value)
+        row[free_name(name, columns)] = _unpacked(value)
     return row
 
 
@@ -349,3 +347,7 @@ def _with_text_id(columns: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(given, int) and not isinstance(given, bool):
         return {**columns, "id": str(given)}
     return columns
+
+
+def say_nothing(_: str) -> None:
+    """A parser's `warn` where rows are read once more: what there is to tell is told otherwise."""

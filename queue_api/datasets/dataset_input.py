@@ -8,7 +8,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from queue_api.datasets.chosen_source import ChosenSource
-from queue_api.datasets.columns import Row, RowParser
+from queue_api.datasets.columns import Row, RowParser, say_nothing
 from queue_api.datasets.first_look import FirstLook
 from queue_api.datasets.formats.object_source import Rows
 from queue_api.datasets.formats.opening import Inputs, open_source
@@ -38,9 +38,7 @@ class DatasetInput:
         format: str | None = None,  # noqa: A002 - as on the command line
         output: Path | str = "",
         selection: RowSelection | None = None,
-        numbers: Sequence[int] | None = None,
     ) -> None:
-        """:param numbers: the rows that are asked for, ascending, if that is known"""
         self.source = (
             inputs
             if isinstance(inputs, RowSource)
@@ -48,8 +46,6 @@ class DatasetInput:
         )
         """All of the input's rows."""
         self.chosen = self.source
-        if numbers is not None:
-            self.chosen = ChosenSource(self.source, RowSelection(), numbers)
         """Those that are asked for."""
         if selection is not None and not selection.is_all:
             self._choose(selection)
@@ -103,7 +99,7 @@ class DatasetInput:
         """
         parser = RowParser(
             defaults,
-            warn=_say_nothing,
+            warn=say_nothing,
             fields=fields,
             layout=layout or Layout(),
             place=self.source.place,
@@ -158,7 +154,3 @@ class DatasetInput:
             async for batch in batches:
                 for record in batch:
                     yield parser.parse(record)
-
-
-def _say_nothing(_: str) -> None:
-    """The rows are read again, and what there is to be told is told then."""

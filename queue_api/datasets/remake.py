@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from queue_api.datasets.certificate import read_certificate
-from queue_api.datasets.columns import RowParser
+from queue_api.datasets.columns import RowParser, say_nothing
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
 from queue_api.datasets.formats.record import Record
@@ -118,7 +118,7 @@ class _Reader:
         try:
             self._parser = RowParser(
                 SamplingParams(**options.get("sampling", {})),
-                warn=_say_nothing,
+                warn=say_nothing,
                 fields=None if fields is None else frozenset(fields),
                 layout=Layout(**(options.get("layout") or {})),
             )
@@ -189,7 +189,3 @@ def _own_name(name: str, names: Mapping[str, Any]) -> str:
         if own in OUTPUT_COLUMNS and own not in names:
             return own
     return name
-
-
-def _say_nothing(_: str) -> None:
-    """The run has said it."""

@@ -20,7 +20,7 @@ from uuid import uuid4
 from queue_api.client.client import Client
 from queue_api.datasets.certificate import contradiction, write_certificate
 from queue_api.datasets.chosen_source import ChosenSource
-from queue_api.datasets.columns import RowParser, check_fields
+from queue_api.datasets.columns import RowParser, check_fields, say_nothing
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.error_limit import ErrorLimit
 from queue_api.datasets.feed import DatasetRun, OpenedRun, WrittenListener
@@ -175,7 +175,7 @@ class Dataset:
                     opened,
                     self.sink,
                     data=data,
-                    parser=self.parser(self.warn if summary is None else _say_nothing),
+                    parser=self.parser(self.warn if summary is None else say_nothing),
                     window=window,
                     limit=limit,
                     ordered=self.ordered,
@@ -213,7 +213,7 @@ class Dataset:
         numbers = await asyncio.to_thread(
             prefix_order,
             self.data.chosen,
-            self.parser(_say_nothing),
+            self.parser(say_nothing),
             num_lanes=self.group_prefixes,
             chunk_size=chunk_size,
         )
@@ -223,9 +223,9 @@ class Dataset:
         """Bring the output into its last form, and say beside it what it is."""
         sink = self.sink
         sink.finish()
-        # one that is there and of this output stays: what changed since is to be found out
         if self.is_part:
             return
+        # one that is there and of this output stays: what changed since is to be found out
         if sink.is_durable and (sink.has_changed or not sink.certificate.exists()):
             options = (self.defaults or SamplingParams()).model_dump(
                 mode="json", exclude_unset=True
@@ -248,7 +248,7 @@ class Dataset:
     ) -> RunSummary:
         """A pass for each turn; the files between them are removed when all rows are written."""
         source, places = self.data.source, list[Path]()
-        each = map(self.parser(_say_nothing).num_turns, source.records())
+        each = map(self.parser(say_nothing).num_turns, source.records())
         turns = await asyncio.to_thread(array, "B", each)
         chosen = self.data.chosen
         numbers = chosen.numbers if isinstance(chosen, ChosenSource) else range(len(turns))
@@ -270,7 +270,7 @@ class Dataset:
                         run_id=f"{self.run_id}-turn{number}of{total}",
                         ordered=False,
                         redo_changed=True,
-                        warn=_say_nothing,
+                        warn=say_nothing,
                         turn=turn,
                     )
                     try:
@@ -645,10 +645,6 @@ async def _drop_stale(earlier: Dataset, *, retry_errors: bool) -> None:
             stale.add(row)
     if len(stale):
         await asyncio.to_thread(sink.drop, stale.__contains__)
-
-
-def _say_nothing(_: str) -> None:
-    """The rows are read again, and what there is to be told is told then."""
 
 
 def _check_apart(source: RowSource, output: Path | str) -> None:

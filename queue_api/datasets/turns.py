@@ -7,19 +7,17 @@ later: all end in the last pass, whose rows are the output.
 
 from __future__ import annotations
 
-import json
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from queue_api.datasets.written_answers import WrittenAnswers
 from queue_api.wire.errors import DatasetError, InvalidRequestError
 
 __all__ = ["Answers", "TurnPass", "place_of_answers"]
 
 Messages = list[Any]
-_NONE = 2**64 - 1
 
 
 def place_of_answers(output: Path | str, number: int, total: int) -> Path:
@@ -37,37 +35,21 @@ def place_of_answers(output: Path | str, number: int, total: int) -> Path:
     return path.with_name(f".{path.name}.turn{number}of{total}")
 
 
-class Answers:
+class Answers(WrittenAnswers):
     """The texts of a pass that is done, found by row; 8 bytes each are held."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._places = array("Q")
-        place = 0
-        for line in self._file:
-            row = json.loads(line)["row"]
-            self._places.extend([_NONE] * (row + 1 - len(self._places)))
-            self._places[row] = place
-            place += len(line)
 
     def text(self, row: int) -> str:
         """A row's answer.
 
         :raises InvalidRequestError: it has an error instead
         """
-        if row >= len(self._places) or self._places[row] == _NONE:
+        if (found := self.get(row)) is None:
             raise InvalidRequestError("an earlier turn has no answer")
-        self._file.seek(self._places[row])
-        found = json.loads(self._file.readline())
         if found["finish_reason"] in ("error", "cancelled"):
             raise InvalidRequestError(
                 f"an earlier turn has no answer: {found['error'] or found['finish_reason']}"
             )
         return str(found["text"])
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
 
 
 @dataclass(frozen=True)

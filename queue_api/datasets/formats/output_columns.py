@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ALWAYS_THERE", "OUTPUT_COLUMNS"]
+from collections.abc import Container
+
+__all__ = ["ALWAYS_THERE", "OUTPUT_COLUMNS", "free_name"]
 
 OUTPUT_COLUMNS = (
     "row",
@@ -41,3 +43,14 @@ _ONLY_IF_ASKED = frozenset(
 )
 ALWAYS_THERE = tuple(name for name in OUTPUT_COLUMNS if name not in _ONLY_IF_ASKED)
 """Those of every row."""
+
+
+def free_name(name: str, names: Container[str]) -> str:
+    """What an input's column is called in an output, beside the output's own.
+
+    :param names: of the input's columns
+    """
+    shown = name
+    while shown in OUTPUT_COLUMNS or (shown != name and shown in names):
+        shown = f"input_{shown}"
+    return shown

@@ -8,14 +8,14 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from queue_api.datasets.columns import RowParser
+from queue_api.datasets.columns import RowParser, say_nothing
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
 from queue_api.datasets.recipes.recipe import Recipe, RecipeStage
 from queue_api.datasets.recipes.stage_source import Condition, check_columns
 from queue_api.wire.errors import ConfigurationError, RequestError
 
-__all__ = ["check_stages"]
+__all__ = ["check_stages", "stage_parser"]
 
 ROWS = 200
 
@@ -38,12 +38,7 @@ def check_stages(
         where = f"stage {stage.name!r}"
         _try(records, f"'when' of {where}", partial(_hold, when))
         try:
-            parser = RowParser(
-                recipe.sampling_of(stage),
-                warn=_say_nothing,
-                layout=stage.layout,
-                place=source.place,
-            )
+            parser = stage_parser(recipe, stage, source)
         except ConfigurationError as error:
             raise ConfigurationError(f"{where}: {error}") from None
         good = _try(records, where, partial(_ask, parser))
@@ -52,6 +47,16 @@ def check_stages(
         example = _example(stage)
         records = [replace(record, read={**record.read, **example}) for record in records]
         _try(records, f"'keep' of {where}", partial(_hold, keep))
+
+
+def stage_parser(recipe: Recipe, stage: RecipeStage, source: RowSource) -> RowParser:
+    """Of rows as a stage is asked with them.
+
+    :raises ConfigurationError: its templates can't be used
+    """
+    return RowParser(
+        recipe.sampling_of(stage), warn=say_nothing, layout=stage.layout, place=source.place
+    )
 
 
 def _try(records: Sequence[Record], what: str, use: Callable[[Record], object]) -> list[Record]:
@@ -92,7 +97,3 @@ def _example(stage: RecipeStage) -> Mapping[str, Any]:
         else:
             values[name] = "1"
     return values
-
-
-def _say_nothing(_: str) -> None:
-    """What there is to be told of rows is told when they are asked."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from queue_api.datasets.certificate import write_certificate
 from queue_api.datasets.formats.maker import Maker
-from queue_api.datasets.formats.output_columns import OUTPUT_COLUMNS
+from queue_api.datasets.formats.output_columns import free_name
 from queue_api.datasets.formats.output_opening import open_sink
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_sink import MadeRow, RowSink
@@ -77,11 +77,13 @@ class RecipeOutput:
     any run writes. One that a stage's `keep` leaves out isn't there.
     """
 
-    def __init__(self, recipe: Recipe, source: StageSource, numbers: Container[int]) -> None:
-        """:param numbers: the rows that the recipe is of"""
+    def __init__(
+        self, recipe: Recipe, source: StageSource, is_chosen: Callable[[int], bool]
+    ) -> None:
+        """:param is_chosen: tells the rows that the recipe is of"""
         self._recipe = recipe
         self._source = source
-        self._numbers = numbers
+        self._is_chosen = is_chosen
         self._shown = ShownColumns(recipe.layout)
         self._columns = [name for stage in recipe.stages for name in stage.columns]
         self._made_by = set[Maker]()
@@ -113,7 +115,7 @@ class RecipeOutput:
 
     def _made(self, summary: RecipeSummary) -> Iterator[MadeRow]:
         for row, (record, sofar) in enumerate(self._source.so_far()):
-            if row not in self._numbers:
+            if not self._is_chosen(row):
                 continue
             if not sofar.is_kept and not sofar.error:
                 summary.left_out += 1
@@ -136,7 +138,7 @@ class RecipeOutput:
         if error:
             summary.errors += 1
             summary.first_error = summary.first_error or error
-        made = _free_columns(shown)
+        made = {free_name(name, shown): value for name, value in shown.items()}
         if made.get("id") is None:
             made = {**made, "id": line.get("id", str(row))}
         made |= {name: sofar.added.get(name) for name in self._columns}
@@ -155,17 +157,6 @@ class RecipeOutput:
         if made["model"]:
             self._made_by.add(Maker(made["model"], made["model_revision"]))
         return MadeRow(row, made["fingerprint"], made, record.number, record.raw)
-
-
-def _free_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The input's columns, those with the name of an output's under another."""
-    free: dict[str, Any] = {}
-    for name, value in columns.items():
-        shown = name
-        while shown in OUTPUT_COLUMNS or (shown != name and shown in columns):
-            shown = f"input_{shown}"
-        free[shown] = value
-    return free
 
 
 def _usage(sofar: RowSoFar) -> dict[str, int]:

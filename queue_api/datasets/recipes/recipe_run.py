@@ -11,20 +11,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import sys
 from array import array
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from queue_api.datasets.chosen_source import ChosenSource
-from queue_api.datasets.columns import RowParser
 from queue_api.datasets.dataset_input import DatasetInput
 from queue_api.datasets.formats.opening import open_source
 from queue_api.datasets.formats.row_sink import RowSink
 from queue_api.datasets.formats.row_source import RowSource
-from queue_api.datasets.recipes.check_stages import check_stages
+from queue_api.datasets.recipes.check_stages import check_stages, stage_parser
 from queue_api.datasets.recipes.recipe import Recipe, RecipeStage
 from queue_api.datasets.recipes.recipe_output import RecipeOutput, RecipeSummary, open_output
 from queue_api.datasets.recipes.stage_answers import StageAnswers
@@ -35,6 +33,7 @@ from queue_api.datasets.recipes.stage_source import (
     StageSource,
 )
 from queue_api.datasets.recipes.stages_done import StagesDone
+from queue_api.datasets.row_numbers import chosen_rows
 from queue_api.datasets.run import Dataset, open_dataset_of
 from queue_api.datasets.summary import RunSummary
 from queue_api.wire.errors import DatasetError
@@ -83,14 +82,15 @@ async def run_recipe(run: RecipeRun) -> RecipeSummary:
         said = [stack.enter_context(closing(StageAnswers(stage))) for stage in recipe.stages]
         await asyncio.to_thread(check_stages, recipe, source, conditions)
         sink = stack.enter_context(open_output(recipe, source, run.warn))
-        numbers = await asyncio.to_thread(_numbers, recipe, source)
+        chosen = DatasetInput(source, selection=recipe.rows.selection)
+        is_chosen = await asyncio.to_thread(chosen_rows, chosen)
         folder = _folder(recipe.output)
         state = StagesDone(folder)
         done: list[DoneStage] = []
         for number, (stage, answers) in enumerate(zip(recipe.stages, said, strict=True)):
             model = run.models[number] if run.models else ""
             mark = _mark(source, recipe, done, stage.model_dump_json(), model)
-            asking = _Stage(run, source, numbers, done, answers, conditions[number], folder)
+            asking = _Stage(run, source, is_chosen, done, answers, conditions[number], folder)
             if run.retry_errors or not state.has(stage.name, mark):
                 await asking.ask(model)
                 state.note(stage.name, mark, asking.files)
@@ -98,7 +98,7 @@ async def run_recipe(run: RecipeRun) -> RecipeSummary:
                 for file in asking.files:
                     answers.add(file)
             done.append(DoneStage(answers, *conditions[number], state.mark(stage.name)))
-        output = RecipeOutput(recipe, StageSource(source, done), numbers)
+        output = RecipeOutput(recipe, StageSource(source, done), is_chosen)
         mark = _mark(source, recipe, done, recipe.model_dump_json(), "")
         return await asyncio.to_thread(_write, output, sink, state, mark, run.parts)
 
@@ -137,14 +137,6 @@ def _folder(output: str) -> Path:
     return folder
 
 
-def _numbers(recipe: Recipe, source: RowSource) -> Container[int] | Sequence[int]:
-    """The rows that the recipe is of, in order."""
-    selection = recipe.rows.selection
-    if selection.is_all:
-        return range(sys.maxsize)
-    return sorted(ChosenSource(source, selection).numbers)
-
-
 def _mark(
     source: RowSource, recipe: Recipe, done: Sequence[DoneStage], what: str, model: str
 ) -> str:
@@ -166,7 +158,7 @@ class _Stage:
 
     run: RecipeRun
     source: RowSource
-    numbers: Container[int]
+    is_chosen: Callable[[int], bool]
     done: Sequence[DoneStage]
     answers: StageAnswers
     conditions: tuple[Condition | None, Condition | None]
@@ -189,7 +181,8 @@ class _Stage:
                 for later in range(attempt, stage.repair + 1):
                     self._file(later).unlink(missing_ok=True)
                 return
-            again = RepairSource(source, self.answers, lambda: self._parser(source))
+            parser = partial(stage_parser, self.run.recipe, stage, source)
+            again = RepairSource(source, self.answers, parser)
             await self._pass(attempt, again, numbers, model)
 
     async def _pass(
@@ -197,9 +190,8 @@ class _Stage:
     ) -> None:
         run, stage, file = self.run, self.answers.stage, self._file(attempt)
         name = f"{stage.name}, repair {attempt}" if attempt else stage.name
-        data = DatasetInput(source, numbers=numbers)
         opened = open_dataset_of(
-            data,
+            DatasetInput(source).of_rows(numbers),
             file,
             defaults=run.recipe.sampling_of(stage),
             layout=None if attempt else stage.layout,
@@ -224,7 +216,7 @@ class _Stage:
         """The rows that the stage is asked with."""
         asked, when = array("Q"), self.conditions[0]
         for row, (_, sofar) in enumerate(source.so_far()):
-            if row in self.numbers and sofar.is_asked(when):
+            if self.is_chosen(row) and sofar.is_asked(when):
                 asked.append(row)
         return asked
 
@@ -239,15 +231,6 @@ class _Stage:
             ),
         )
 
-    def _parser(self, source: RowSource) -> RowParser:
-        stage = self.answers.stage
-        return RowParser(
-            self.run.recipe.sampling_of(stage),
-            warn=_say_nothing,
-            layout=stage.layout,
-            place=source.place,
-        )
-
 
 def _conditions(stage: RecipeStage) -> tuple[Condition | None, Condition | None]:
     """:raises ConfigurationError: one of them isn't an expression"""
@@ -256,7 +239,3 @@ def _conditions(stage: RecipeStage) -> tuple[Condition | None, Condition | None]
         for what, text in (("when", stage.when), ("keep", stage.keep))
     )
     return when or None, keep or None
-
-
-def _say_nothing(_: str) -> None:
-    """What there is to be told of rows is told when they are asked."""

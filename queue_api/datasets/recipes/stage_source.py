@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from queue_api.datasets.columns import RowParser
 from queue_api.datasets.formats.record import Record
 from queue_api.datasets.formats.row_source import RowSource
+from queue_api.datasets.formats.wrapped_source import WrappedSource
 from queue_api.datasets.layout.template import RowTemplate
 from queue_api.datasets.recipes.recipe import RecipeStage
 from queue_api.datasets.recipes.stage_answers import Outcome, StageAnswers
@@ -107,47 +107,11 @@ class RowSoFar:
             return False
 
 
-class _Wrapped(RowSource):
-    """Another source's rows, changed; closing it leaves the other one open."""
-
-    def __init__(self, whole: RowSource) -> None:
-        super().__init__()
-        self._whole = whole
-        self.unit = whole.unit
-
-    @property
-    def name(self) -> str:
-        return self._whole.name
-
-    @property
-    def is_repeatable(self) -> bool:
-        return self._whole.is_repeatable
-
-    @property
-    def waits(self) -> bool:
-        return self._whole.waits
-
-    def place(self, number: int) -> str:
-        return self._whole.place(number)
-
-    def advice(self, lines: Sequence[bytes | None]) -> str:
-        return self._whole.advice(lines)
-
-    def count(self) -> int | None:
-        return self._whole.count()
-
-    def is_same_file(self, info: os.stat_result) -> bool:
-        return self._whole.is_same_file(info)
-
-    def interrupt(self) -> None:
-        self._whole.interrupt()
+class StageSource(WrappedSource):
+    """Records with the columns that stages which are done have added."""
 
     def close(self) -> None:
-        """Nothing is its own."""
-
-
-class StageSource(_Wrapped):
-    """Records with the columns that stages which are done have added."""
+        """The input is for other stages, too."""
 
     def __init__(self, whole: RowSource, done: Sequence[DoneStage]) -> None:
         super().__init__(whole)
@@ -187,7 +151,7 @@ def check_columns(record: Record, added: Set[str], place: Callable[[int], str]) 
         )
 
 
-class RepairSource(_Wrapped):
+class RepairSource(WrappedSource):
     """The requests of a stage, where its last text is invalid with that and what is wrong with it.
 
     :param source: the rows as the stage is asked with them

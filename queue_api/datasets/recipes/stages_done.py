@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from queue_api.datasets.formats.jsonl_sink import sync_folder
+from queue_api.datasets.certificate import put_in_place
 
 __all__ = ["StagesDone"]
 
@@ -23,7 +23,6 @@ class StagesDone:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._path = folder / "done.json"
         self._stages: dict[str, dict[str, Any]] = {}
         try:
@@ -52,13 +51,7 @@ class StagesDone:
     def note(self, name: str, mark: str, files: Iterable[Path], **said: Any) -> None:
         """The stage is done."""
         self._stages[name] = {"mark": mark, "files": _states(files), "said": said}
-        fresh = self._path.with_name(".done.json.new")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"form": FORM, "stages": self._stages}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self._path)
-        sync_folder(self._folder)
+        put_in_place(self._path, json.dumps({"form": FORM, "stages": self._stages}, indent=1))
 
 
 def _states(files: Iterable[Path]) -> dict[str, list[int]]:
