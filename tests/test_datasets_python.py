@@ -17,7 +17,7 @@ import pytest
 import redis
 from kits.client_kit import Answerer
 
-from batchmill import Client, Layout, RunSummary, run_dataset
+from batchmill import Client, Layout, RowSelection, RunSummary, run_dataset
 from queue_api.connection.settings import QueueSettings
 from queue_api.wire.errors import ConfigurationError, DatasetError, MissingExtraError
 
@@ -139,9 +139,14 @@ def test_no_more_is_taken_from_a_generator_than_is_asked_for(run: Run) -> None:
     assert 0 < most < NUM_ROWS * 10 // 2
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("selection", [None, RowSelection(limit=5)])
 @pytest.mark.parametrize("is_awaited", [True, False])
 def test_a_generator_that_gives_nothing_more_keeps_nobody(
-    settings: QueueSettings, connection: redis.Redis, is_awaited: bool
+    settings: QueueSettings,
+    connection: redis.Redis,
+    is_awaited: bool,
+    selection: RowSelection | None,
 ) -> None:
     reached, never = threading.Event(), threading.Event()
 
@@ -158,7 +163,7 @@ def test_a_generator_that_gives_nothing_more_keeps_nobody(
     async def main() -> None:
         async with Client(settings=settings) as client, Answerer(connection).answering():
             rows = endless() if is_awaited else blocked()
-            work = asyncio.create_task(run_dataset(client, rows))
+            work = asyncio.create_task(run_dataset(client, rows, selection=selection))
             await asyncio.to_thread(reached.wait)
             work.cancel()
             with pytest.raises(asyncio.CancelledError):
